@@ -68,7 +68,7 @@ def grammar() -> Grammar:
     return Grammar.read(data.path("corpus", "stories.grammar"))
 
 
-def stories(count: int = 8000, seed: int = 0) -> Corpus:
+def stories(count: int = 6000, seed: int = 0) -> Corpus:
     """`count` stories of about 310 characters, one a line; the same seed gives the same bytes on every platform."""
     if count < 20:
         raise ValueError(f"expected at least 20 stories, to split off a twentieth, found {count}")

@@ -130,13 +130,21 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Normal weights of deviation 0.02, 1/√(2L) of that where a layer writes to the residual stream (GPT-2); norms 1."""
+        """Normal weights; norms stay 1. The deviations keep the residual stream near 1 and the first loss near ln V.
+
+        A matrix has 1/√(its inputs), so that its outputs have the size of its inputs; over √(2L) more where it adds to the
+        residual stream, which 2L matrices do. The embedding has 1, the unembedding 0.02; one table for both has 0.02.
+        """
+        for_both = self.unembedding.weight is self.embedding.weight
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() < 2 or weight.is_meta:
                 continue
-            writes = name.endswith(("output.weight", "down.weight"))
-            deviation = 0.02 / (2 * self.config.layers) ** 0.5 if writes else 0.02
+            deviation = weight.shape[1] ** -0.5
+            if name.endswith(("output.weight", "down.weight")):
+                deviation *= (2 * self.config.layers) ** -0.5
+            elif "embedding" in name:
+                deviation = 1.0 if name.startswith("embedding") and not for_both else 0.02
             weight.copy_(deviation * torch.randn(weight.shape, generator=generator, device="cpu"))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:

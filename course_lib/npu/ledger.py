@@ -1,0 +1,244 @@
+"""The ledger: what ran on the device, what it cost, and what it was for.
+
+    with npu.ledger() as ledger:
+        loss = model(x); loss.backward(); optimizer.step()
+    ledger.table(by="phase")       # a DataFrame: calls, FLOPs, bytes, time, what bound it
+    ledger.totals()                # FLOPs, bytes, time, utilisation, intensity, energy, peak memory
+    ledger.memory_at_peak()        # bytes by category: weights, gradients, optimizer state, activations, …
+
+All times are emulated and all counts are integers, so two runs of a program give the same ledger, byte for byte.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+
+from course_lib.chip.cost import Cost
+from course_lib.npu import runtime
+from course_lib.npu.clock import PS_PER_S, Timeline
+from course_lib.npu.where import category_of, where
+
+PHASES = ("forward", "recompute", "backward", "optimizer", "prefill", "decode", "other")
+BY = ("phase", "module", "op", "bound")
+
+
+class Record(NamedTuple):
+    """One operator: where it came from, when it ran (picoseconds of emulated time), what it cost."""
+
+    op: str
+    phase: str
+    module: str
+    shapes: tuple
+    device: int
+    stream: int
+    launched: int
+    start: int
+    cost: Cost
+
+
+class MemoryChange(NamedTuple):
+    """Bytes taken (positive) or given back on a device at a time of the host's clock."""
+
+    at: int
+    change: int
+    held: runtime.Held
+    device: int
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """A utilisation and what it means: ``value`` 0 to 1, which FLOPs are counted, which peak divides."""
+
+    value: float | None
+    convention: str
+    peak: str
+
+    def __str__(self) -> str:
+        shown = "unknown" if self.value is None else f"{100 * self.value:.1f} %"
+        return f"{shown} ({self.convention}; {self.peak})"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a ledger. Times in seconds of emulated time, energy in joules (None: no published power)."""
+
+    calls: int
+    cube_flops: int
+    vector_flops: int
+    bytes: int
+    elapsed_s: float
+    busy_s: float
+    energy_j: float | None
+    peak_memory: int
+
+    @property
+    def flops(self) -> int:
+        return self.cube_flops + self.vector_flops
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs for each byte moved between memory and chip."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+class Ledger:
+    """Records every operator between ``__enter__`` and ``__exit__``; read it during or after.
+
+    Opening it synchronizes, so that work launched before does not run on the ledger's time.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.memory: list[MemoryChange] = []
+        self._began = self._ended = 0
+
+    def __enter__(self) -> "Ledger":
+        if self in runtime.ledgers:
+            raise RuntimeError("this ledger is already open; make another one with npu.ledger()")
+        for device in runtime.devices:
+            device.memory.settle()
+            device.synchronize()
+        self._spec = runtime.devices[0].spec
+        self._began = runtime.host.now
+        self.memory += [MemoryChange(self._began, h.block.size, h, h.index) for h in list(runtime.live.values())]
+        runtime.ledgers.append(self)
+        where.open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended = self._now()
+        where.close()
+        runtime.ledgers.remove(self)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Operators inside belong to the phase ``name``, whatever they are."""
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"phase({name!r}): expected a name, such as 'prefill' or 'decode'")
+        where.override.append(name)
+        try:
+            yield
+        finally:
+            where.override.pop()
+
+    # -- what the device calls --
+
+    def record(self, op: str, tensors: list[torch.Tensor], device: runtime.Device, stream: Timeline, start: int, price: Cost) -> None:
+        phase, module = where.now(tensors)
+        shapes = tuple([tuple(t.shape) for t in tensors])
+        self.records.append(Record(op, phase, module, shapes, device.index, stream.id, stream.host.now, start, price))
+
+    def memory_changed(self, held: runtime.Held, change: int) -> None:
+        if change > 0 and held.category is None:
+            held.category = category_of(where.now([])[0])
+        if change:
+            self.memory.append(MemoryChange(runtime.host.now, change, held, held.index))
+
+    # -- reading --
+
+    def _now(self) -> int:
+        """When the host and all streams will be done."""
+        return max([runtime.host.now] + [s.ready for d in runtime.devices for s in d.streams])
+
+    @property
+    def elapsed_ps(self) -> int:
+        """Picoseconds from the ledger's opening until everything launched in it is done."""
+        return (self._ended or self._now()) - self._began
+
+    def table(self, by: str = "phase", depth: int | None = None) -> "pandas.DataFrame":  # noqa: F821
+        """Sums by "phase", "module" (its path cut to ``depth`` names), "op" or "bound", as a DataFrame.
+
+        Columns: calls; cube_flops and vector_flops; bytes (of device memory, read and written); time_us (busy);
+        share (of busy time); intensity (FLOP per byte); bound (the resource that binds most of the time).
+        """
+        from course_lib.npu.tables import table
+
+        if by not in BY:
+            raise ValueError(f"table(by={by!r}): expected one of {', '.join(map(repr, BY))}")
+        return table(self.records, by, depth)
+
+    def totals(self) -> Totals:
+        costs = [r.cost for r in self.records]
+        known = all(c.energy_pj is not None for c in costs)
+        return Totals(
+            calls=len(costs),
+            cube_flops=sum(c.cube_flops for c in costs),
+            vector_flops=sum(c.vector_flops for c in costs),
+            bytes=sum(c.bytes for c in costs),
+            elapsed_s=self.elapsed_ps / PS_PER_S,
+            busy_s=sum(c.ps for c in costs) / PS_PER_S,
+            energy_j=sum(c.energy_pj for c in costs) / 10**12 if known else None,
+            peak_memory=self.peak_memory(),
+        )
+
+    def utilisation(self, model_flops: int | None = None, convention: str = "executed cube FLOPs", dtype: str = "float32", counts: str = "cube") -> Utilisation:
+        """FLOPs divided by what the chip's peak could do in the elapsed time.
+
+        Without ``model_flops`` the FLOPs are those that the cube executed (HFU: recomputation counts). With
+        ``model_flops`` it is an MFU and ``convention`` must name how they were counted: "6N",
+        "6N+attention causal" or "6N+attention full". ``counts`` is "cube" or "cube+vector".
+        """
+        if model_flops is not None and convention == "executed cube FLOPs":
+            raise ValueError('utilisation(model_flops=…) needs convention="6N", "6N+attention causal" or "6N+attention full"')
+        flops = sum(r.cost.cube_flops for r in self.records) if model_flops is None else model_flops
+        peak = self._spec.peak(dtype, counts=counts)
+        label = f"{dtype} {counts} peak " + ("unknown" if peak is None else f"{peak / 1e12:.4g} TFLOP/s")
+        seconds = self.elapsed_ps / PS_PER_S
+        return Utilisation(flops / seconds / peak if peak and seconds else None, convention, label)
+
+    # -- memory --
+
+    def _replay(self, device: int) -> Iterator[tuple[MemoryChange, Counter]]:
+        """Each change with the bytes by category that stand after it."""
+        now: Counter = Counter()
+        for m in self.memory:
+            if m.device == device:
+                now[m.held.category or "other"] += m.change
+                yield m, now
+
+    def peak_memory(self, device: int = 0) -> int:
+        """The most bytes that were allocated at once."""
+        total = peak = 0
+        for m in self.memory:
+            total += m.change if m.device == device else 0
+            peak = max(peak, total)
+        return peak
+
+    def memory_at_peak(self, device: int = 0) -> dict[str, int]:
+        """Bytes by category at the moment when most were allocated; they sum to ``peak_memory``."""
+        peak, best = -1, {}
+        for _, now in self._replay(device):
+            if now.total() > peak:
+                peak, best = now.total(), {k: v for k, v in now.items() if v}
+        return dict(sorted(best.items(), key=lambda item: (-item[1], item[0])))
+
+    def memory_over_time(self, device: int = 0) -> list[tuple[int, dict[str, int]]]:
+        """(picoseconds since the ledger's opening, bytes by category) after each change."""
+        return [(m.at - self._began, dict(now)) for m, now in self._replay(device)]
+
+    # -- export --
+
+    def to_json(self) -> str:
+        """All records as JSON lines: the same program gives the same bytes everywhere."""
+        lines = [json.dumps({**r._asdict(), "cost": asdict(r.cost)}, sort_keys=True) for r in self.records]
+        return "\n".join([*lines, ""])
+
+    def export_chrome_trace(self, path: str) -> None:
+        """Write a timeline that Perfetto (ui.perfetto.dev) and chrome://tracing open."""
+        from course_lib.npu.profiler import chrome_trace
+
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(chrome_trace(self), file)
+
+
+def ledger() -> Ledger:
+    """A new ledger, to be used as ``with npu.ledger() as ledger:``."""
+    return Ledger()

@@ -1,0 +1,135 @@
+"""The emulated machine's state: which chip, how many devices, whose turn it is.
+
+Everything that must be found from the operator hot path lives here: ``devices`` (each with its
+memory, streams and random generator), ``current`` (the device index that ``"npu"`` without an index
+means), ``ledgers`` (those that listen), and ``live`` (each device storage and the block it holds).
+"""
+
+import os
+import weakref
+
+import torch
+
+from course_lib.chip.spec import ChipSpec, load_chip
+from course_lib.npu.clock import PS_PER_S, Host, Timeline
+from course_lib.npu.memory import Block, CachingAllocator, format_size
+
+DEFAULT_CHIP = "mini"
+
+
+class Device:
+    """One emulated chip: its figures, memory, streams and random numbers."""
+
+    def __init__(self, index: int, spec: ChipSpec, host: Host) -> None:
+        self.index, self.spec, self.host = index, spec, host
+        self.torch_device = torch.device("npu", index)
+        self.memory = CachingAllocator(int(spec.require("memory_bytes")), index)
+        self.launch_ps = round(spec.require("launch_host") * PS_PER_S)
+        self.streams: list[Timeline] = []
+        self.default = self.current = self.new_stream()
+        self.generator = torch.Generator()
+        self.costs: dict = {}  # (operator, shapes, dtypes) → Cost, filled by tensor.py
+
+    def new_stream(self) -> Timeline:
+        self.streams.append(Timeline(len(self.streams), self.host, self.launch_ps))
+        return self.streams[-1]
+
+    def synchronize(self) -> None:
+        """The host waits for every stream of this device."""
+        self.host.wait_until(max(s.ready for s in self.streams))
+
+
+class Held(weakref.ref):
+    """A device storage and the block of device memory that it holds for as long as it lives."""
+
+    __slots__ = ("key", "block", "index", "category")
+
+    def __new__(cls, storage: torch.UntypedStorage, block: Block, index: int) -> "Held":
+        return super().__new__(cls, storage, _release)
+
+    def __init__(self, storage: torch.UntypedStorage, block: Block, index: int) -> None:
+        super().__init__(storage, _release)
+        self.key, self.block, self.index = storage._cdata, block, index
+        self.category: str | None = None  # "weights", "activations", …: see where.py
+
+
+def _release(held: Held) -> None:
+    live.pop(held.key, None)
+    devices[held.index].memory.free(held.block)
+    for ledger in ledgers:
+        ledger.memory_changed(held, -held.block.size)
+
+
+class NpuStorage(torch.UntypedStorage):
+    """Storage of a device tensor: the bytes lie in host memory, ``device`` says where they count."""
+
+    @property
+    def device(self) -> torch.device:
+        held = live.get(self._cdata)
+        return torch.device("npu", held.index if held else self.__dict__.get("_npu_index", current))
+
+    def cpu(self) -> torch.UntypedStorage:
+        return torch.UntypedStorage(self.nbytes()).copy_(self, False)
+
+
+def hold(storage: torch.UntypedStorage, index: int) -> Held:
+    """The device memory of ``storage``, taken now if it is new; raises torch.OutOfMemoryError."""
+    held = live.get(storage._cdata)
+    if held is None:
+        block = devices[index].memory.allocate(storage.nbytes())
+        held = live[storage._cdata] = Held(storage, block, index)
+        storage.__class__ = NpuStorage
+        for ledger in ledgers:
+            ledger.memory_changed(held, block.size)
+    return held
+
+
+def use(chip: str | ChipSpec | None = None, count: int = 1) -> ChipSpec:
+    """Put ``count`` devices of ``chip`` under the program and set the clocks to zero.
+
+    ``chip`` is a name from ``data/chips`` (or a path, or a ChipSpec); None means ``COURSE_CHIP`` or "mini".
+    Tensors that live go on living, on the new chip; torch.OutOfMemoryError if they do not fit there,
+    and then the old chip stays.
+    """
+    global devices, current, host
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"use(count={count!r}): the number of devices must be a whole number from 1 on")
+    if ledgers:
+        raise RuntimeError("use() inside `with npu.ledger()`: leave the ledger first, it counts for one chip")
+    spec = chip if isinstance(chip, ChipSpec) else load_chip(chip or os.environ.get("COURSE_CHIP") or DEFAULT_CHIP)
+    new_host = Host()
+    fresh = [Device(i, spec, new_host) for i in range(count)]
+    _move_in(fresh)
+    for old, new in zip(devices, fresh):
+        new.generator = old.generator
+    devices, current, host = fresh, min(current, count - 1), new_host
+    return spec
+
+
+def _move_in(fresh: list[Device]) -> None:
+    """Take memory on the new devices for every live storage, all or nothing."""
+    for device in devices:
+        device.memory.settle()
+    held = list(live.values())
+    outside = sorted({h.index for h in held if h.index >= len(fresh)})
+    if outside:
+        raise RuntimeError(f"use(count={len(fresh)}): tensors still live on npu:{outside[0]}; delete them first, or ask for more devices")
+    blocks = [fresh[h.index].memory.allocate(h.block.requested) for h in held]
+    for h, block in zip(held, blocks):
+        h.block = block
+
+
+def device(index: int | None) -> Device:
+    """The device with this index (None: the current one); RuntimeError as PyTorch words it if there is none."""
+    i = current if index is None else index
+    if not 0 <= i < len(devices):
+        raise RuntimeError(f"npu: invalid device ordinal {i}; this process has {len(devices)} ({devices[0].spec.name}), see course_lib.npu.use(chip, count=...)")
+    return devices[i]
+
+
+host = Host()
+devices: list[Device] = []
+current = 0
+live: dict[int, Held] = {}
+ledgers: list = []
+__all__ = ["Device", "Held", "NpuStorage", "device", "format_size", "hold", "use"]

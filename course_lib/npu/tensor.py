@@ -1,0 +1,285 @@
+"""The device tensor: real numbers in host memory, and a price for everything that is done with them.
+
+PyTorch sends every operator on an ``NpuTensor`` to ``__torch_dispatch__``, below autograd. There
+
+1. the arguments are unwrapped to the host tensors that hold the numbers,
+2. the operator runs on them, by PyTorch's own CPU kernels,
+3. its results are wrapped, and new storages take device memory,
+4. the clock is charged: the operator's Work, priced by ``chip.cost``, is launched on the current stream.
+
+Views cost nothing. Copies between host and device, and operators whose result the host must see
+(``.item()``, ``nonzero``), make the host wait; they have their own rules in ``transfer.py``.
+"""
+
+from typing import Any
+
+import torch
+
+from course_lib.chip.cost import Cost, cost
+from course_lib.npu import runtime
+from course_lib.npu.work import base_name, tensors_in, work
+
+FREE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_reshape_alias", "set", "resize", "record_stream", "_has_compatible_shallow_copy_type", "is_same_size"}
+HOST = -1  # in place of a device index: the result is to lie in host memory
+NEEDS_ARGUMENTS = {"convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
+
+
+class NpuTensor(torch.Tensor):
+    """A tensor on an emulated device. ``_inner`` is the host tensor with its numbers, ``_held`` its memory."""
+
+    _inner: torch.Tensor
+    _held: runtime.Held
+    _key: tuple
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, index: int, requires_grad: bool = False) -> "NpuTensor":
+        return _wrap(inner, index, requires_grad)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
+        info = _infos.get(func) or _learn(func)
+        if info.handler is not None:
+            return info.handler(info, args, kwargs or {})
+        return run(info, args, kwargs or {})
+
+    # -- what a tensor does outside of operators --
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        text = repr(self.detach().cpu())
+        grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn else ", requires_grad=True" if self.requires_grad else ""
+        prefix = "Parameter containing:\n" if getattr(self, "_is_param", False) else ""
+        return f"{prefix}{text[:-1]}, device='{self.device}'{grad})"
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        storage = torch.storage.TypedStorage(wrap_storage=self.untyped_storage(), dtype=self.dtype, _internal=True)
+        inner = self._inner
+        data = (storage, inner.storage_offset(), tuple(inner.shape), inner.stride(), self.requires_grad, {})
+        if getattr(self, "_is_param", False):
+            plain = _Plain(data[:4] + (False, {}))
+            return torch._utils._rebuild_parameter, (plain, self.requires_grad, {})
+        return torch._utils._rebuild_tensor_v2, data
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self._inner.untyped_storage()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if force:
+            return self.detach().cpu().numpy()
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.numpy()
+
+
+class _Plain:
+    """Pickles as an ordinary device tensor: what ``_rebuild_parameter`` takes."""
+
+    def __init__(self, data: tuple) -> None:
+        self.data = data
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return torch._utils._rebuild_tensor_v2, self.data
+
+
+class Info:
+    """What is known of an operator before it runs; made once, on its first call."""
+
+    __slots__ = ("func", "name", "free", "in_place", "outs", "random", "takes_generator", "waits", "needs_arguments", "handler")
+
+    def __init__(self, func: torch._ops.OpOverload) -> None:
+        schema = func._schema
+        self.func, self.name = func, base_name(func)
+        written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        self.free = self.name in FREE or func.is_view
+        self.in_place = bool(written) and not written[0].is_out and len(schema.returns) == 1 and schema.returns[0].alias_info is not None
+        self.outs = [a.name for a in written if a.is_out]
+        self.random = torch.Tag.nondeterministic_seeded in func.tags
+        self.takes_generator = any(a.name == "generator" for a in schema.arguments)
+        self.waits = torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
+        self.needs_arguments = self.name in NEEDS_ARGUMENTS
+        self.handler = HANDLERS.get(func)
+
+
+_infos: dict[torch._ops.OpOverload, Info] = {}
+HANDLERS: dict[torch._ops.OpOverload, Any] = {}  # operators with rules of their own, see transfer.py
+
+
+def _learn(func: torch._ops.OpOverload) -> Info:
+    info = _infos[func] = Info(func)
+    return info
+
+
+def run(info: Info, args: tuple, kwargs: dict) -> Any:
+    """Run an operator that stays on one device: compute, wrap, charge."""
+    seen: list[NpuTensor] = []
+    host_args = _unwrap(args, seen)
+    host_kwargs, index = _unwrap_kwargs(kwargs, seen)
+    index = _one_device(info, seen, index)
+    if index == HOST:  # zeros_like(x, device="cpu")
+        return info.func(*host_args, **host_kwargs)
+    device = runtime.devices[index]
+    result = _compute(info, host_args, host_kwargs, device)
+    out, keys = _wrap_result(info, result, args, kwargs, index)
+    if not info.free:
+        price = _price(info, device, seen, keys, host_args, host_kwargs, result)
+        charge(info.name, device, price, seen)
+        if info.waits:
+            device.current.wait()
+    return out
+
+
+def charge(name: str, device: runtime.Device, price: Cost, tensors: list[torch.Tensor]) -> None:
+    """Launch work of this price, done on ``tensors``, on the device's current stream; tell the ledgers."""
+    stream = device.current
+    start = stream.launch(price.ps)
+    for ledger in runtime.ledgers:
+        ledger.record(name, tensors, device, stream, start, price)
+
+
+# -- arguments ----------------------------------------------------------------------------------------
+
+
+def _unwrap(args: Any, seen: list[NpuTensor]) -> list:
+    """Arguments with host tensors in place of device tensors, which are noted in ``seen``."""
+    out = []
+    for a in args:
+        kind = type(a)
+        if kind is NpuTensor:
+            seen.append(a)
+            out.append(a._inner)
+        elif kind is list or kind is tuple:
+            out.append(kind(_unwrap(a, seen)) if a and not isinstance(a[0], (int, float)) else a)
+        elif isinstance(a, torch.Tensor):
+            out.append(_foreign(a))
+        elif kind is torch.device:
+            out.append(_host_device(a))
+        else:
+            out.append(a)
+    return out
+
+
+def _unwrap_kwargs(kwargs: dict, seen: list[NpuTensor]) -> tuple[dict, int | None]:
+    """(keyword arguments for the host, index of the device that was asked for or HOST)."""
+    if not kwargs:
+        return kwargs, None
+    index = None
+    device = kwargs.get("device")
+    if device is not None:
+        device = torch.device(device)
+        index = runtime.device(device.index).index if device.type == "npu" else HOST
+    return {k: v for k, v in zip(kwargs, _unwrap(kwargs.values(), seen)) if k != "pin_memory"}, index
+
+
+def _host_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "npu" else device
+
+
+def _foreign(t: torch.Tensor) -> torch.Tensor:
+    """A tensor that is not on the device: PyTorch lets it in only as a zero-dimensional CPU tensor."""
+    if t.dim() == 0 and t.device.type == "cpu":
+        return t
+    raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, npu:{runtime.current} and {t.device}!")
+
+
+def _one_device(info: Info, seen: list[NpuTensor], index: int | None) -> int:
+    """The device on which all of ``seen`` lie; an explicit ``device=`` argument wins."""
+    if not seen:
+        return runtime.current if index is None else index
+    first = seen[0]._held.index
+    for t in seen:
+        if t._held.index != first:
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, npu:{first} and npu:{t._held.index}!")
+    return first if index is None else index
+
+
+def _compute(info: Info, args: list, kwargs: dict, device: runtime.Device) -> Any:
+    """The operator by the CPU's kernel; random numbers come from the device's own generator."""
+    if not info.random:
+        return info.func(*args, **kwargs)
+    if info.takes_generator:
+        kwargs = kwargs | {"generator": kwargs.get("generator") or device.generator}
+        return info.func(*args, **kwargs)
+    state = torch.get_rng_state()
+    torch.set_rng_state(device.generator.get_state())
+    try:
+        return info.func(*args, **kwargs)
+    finally:
+        device.generator.set_state(torch.get_rng_state())
+        torch.set_rng_state(state)
+
+
+# -- results ------------------------------------------------------------------------------------------
+
+
+def _wrap(inner: torch.Tensor, index: int, requires_grad: bool = False) -> NpuTensor:
+    """``inner`` as a tensor of device ``index``; a new storage takes device memory."""
+    held = runtime.hold(inner.untyped_storage(), index)
+    shape, stride = inner.shape, inner.stride()
+    out = torch.Tensor._make_wrapper_subclass(
+        NpuTensor, shape, stride, inner.storage_offset(), dtype=inner.dtype,
+        device=runtime.devices[held.index].torch_device, requires_grad=requires_grad,
+    )
+    out._inner, out._held, out._key = inner, held, (shape, stride, inner.dtype)
+    return out
+
+
+wrap = _wrap
+
+
+def _wrap_result(info: Info, result: Any, args: tuple, kwargs: dict, index: int) -> tuple[Any, tuple]:
+    """(what the caller gets, the shapes of new results). Written arguments come back as the objects given."""
+    if info.outs:
+        given = tuple(kwargs[name] for name in info.outs)
+        _refresh(given)
+        return (given[0] if len(given) == 1 else given), ()
+    if info.in_place:
+        _refresh((args[0],))
+        return args[0], ()
+    if type(result) is torch.Tensor:
+        out = _wrap(result, index)
+        return out, out._key
+    if isinstance(result, (list, tuple)):
+        wrapped = [_wrap(r, index) if isinstance(r, torch.Tensor) else r for r in result]
+        return type(result)(wrapped) if type(result) in (list, tuple) else tuple(wrapped), tuple(w._key for w in wrapped if type(w) is NpuTensor)
+    return result, ()
+
+
+def _refresh(written: tuple) -> None:
+    """A written tensor may have got another shape (``resize_``, ``out=``): let the wrapper follow."""
+    for t in written:
+        inner = t._inner
+        if t._key[0] != inner.shape or t._key[1] != inner.stride():
+            adopt(t, inner)
+
+
+def adopt(t: NpuTensor, inner: torch.Tensor) -> None:
+    """Make ``t`` stand for ``inner``: shape, strides and memory."""
+    fresh = _wrap(inner, t._held.index)
+    t.data = fresh
+    t._inner, t._held, t._key = inner, fresh._held, fresh._key
+
+
+# -- price --------------------------------------------------------------------------------------------
+
+
+def _price(info: Info, device: runtime.Device, seen: list[NpuTensor], keys: tuple, args: list, kwargs: dict, result: Any) -> Cost:
+    """The operator's cost, remembered by operator, shapes, dtypes and which arguments share a storage."""
+    if info.needs_arguments:
+        return _reckon(info, device, args, kwargs, result)
+    blocks = [t._held for t in seen]
+    shared = tuple(map(blocks.index, blocks)) if len(blocks) > 1 else None
+    key = (info.func, tuple([t._key for t in seen]), keys, shared)
+    found = device.costs.get(key)
+    if found is None:
+        found = device.costs[key] = _reckon(info, device, args, kwargs, result)
+    return found
+
+
+def _reckon(info: Info, device: runtime.Device, args: list, kwargs: dict, result: Any) -> Cost:
+    outs = tensors_in(result) or [t for name in info.outs for t in tensors_in(kwargs[name])]
+    return cost(device.spec, work(info.func, tuple(args), kwargs, outs))

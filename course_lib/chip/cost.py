@@ -12,11 +12,14 @@ All arithmetic is on integers and rounds up, so that a cost is bit-identical on 
 
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 
-from course_lib.chip.spec import DTYPES, ChipSpec
+from course_lib.chip.figures import DTYPES, UnknownFigure
+from course_lib.chip.spec import ChipSpec
 
 PICO = 10**12
 MICRO = 10**6
+_time = itemgetter(0)
 
 
 class UnsupportedDtype(RuntimeError):
@@ -83,17 +86,15 @@ def cost(spec: ChipSpec, work: Work) -> Cost:
         else:
             vector_flops, vector_ps = vector_flops + flops, vector_ps + ps
     if moved:
-        memory_ps = _ps(moved, rates.memory)
+        memory_ps = _ps(moved, rates.memory or spec.require("memory_bandwidth"))
     if work.link_bytes:
         host_link_ps = _ps(work.link_bytes, spec.require("host_bandwidth"))
-    busy_ps, bound = max(
-        (cube_ps, "cube"), (vector_ps, "vector"), (memory_ps, "memory"), (host_link_ps, "host link"), key=lambda part: part[0]
-    )
-    launch_ps = rates.launch_ps
-    ps = launch_ps + busy_ps
+    parts = ((cube_ps, "cube"), (vector_ps, "vector"), (memory_ps, "memory"), (host_link_ps, "host link"))
+    busy_ps, bound = max(parts, key=_time)
+    ps = rates.launch_ps + busy_ps
     return Cost(
-        ps, "launch" if launch_ps > busy_ps else bound, cube_flops, vector_flops, moved, cube_ps, vector_ps, memory_ps,
-        host_link_ps, launch_ps, None if rates.microwatts is None else -(-ps * rates.microwatts // MICRO),
+        ps, "launch" if rates.launch_ps > busy_ps else bound, cube_flops, vector_flops, moved, cube_ps, vector_ps,
+        memory_ps, host_link_ps, rates.launch_ps, rates.energy_pj(ps),
     )  # fmt: skip
 
 
@@ -125,16 +126,23 @@ class _Rates:
     def __init__(self, spec: ChipSpec) -> None:
         self.spec = spec
         self.launch_ps = round(spec.require("launch_device") * PICO)
-        self.memory = spec.require("memory_bandwidth")
+        self.memory = spec.memory_bandwidth
         self.cube_cores, self.cube_clock = spec.cube_cores, spec.cube_clock
-        self.microwatts = None if spec.busy_power is None else round(spec.busy_power * MICRO)
+        self._microwatts = None if spec.busy_power is None else round(spec.busy_power * MICRO)
         self._vector: dict[str, int] = {}
         self._matmul: dict[str, tuple[str, int | tuple[int, int, int]]] = {}
+
+    def energy_pj(self, ps: int) -> int | None:
+        """Mean power while training × time, for W × ps = pJ."""
+        return None if self._microwatts is None else -(-ps * self._microwatts // MICRO)
 
     def vector(self, dtype: str) -> int:
         """FLOP/s of the vector cores; UnknownFigure where it cannot be derived."""
         if dtype not in self._vector:
-            self._vector[dtype] = self.spec.vector_rate(dtype) or self.spec.require("vector_cores")
+            rate = self.spec.vector_rate(dtype)
+            if rate is None:
+                raise UnknownFigure(f"the vector rate of {self.spec.title} in {dtype} is unknown: no source gives it")
+            self._vector[dtype] = rate
         return self._vector[dtype]
 
     def matmul(self, dtype: str) -> tuple[str, int | tuple[int, int, int]]:

@@ -98,7 +98,7 @@ def read_toml(file: Path) -> dict:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"), parse_float=Decimal)
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{file}: cannot be read ({error}); give a name that exists or the path of a .toml file") from None
+        raise SpecError(f"{file}: cannot be read ({error}); give a known name or the path of a .toml file") from None
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{file}: not valid TOML ({error}); correct that line") from None
 
@@ -144,13 +144,15 @@ def _figure(file: Path, key: str, raw: object, dimension: str) -> Figure:
     if not isinstance(unit, str) or unit not in units:
         raise SpecError(f"{file}: {key}: unknown unit {unit!r} for a {dimension}; use one of {', '.join(units)}")
     if not isinstance(tag, str) or tag not in TAGS:
-        raise SpecError(f"{file}: {key}: unknown tag {tag!r}; use one of " + ", ".join(f"{t} ({TAGS[t]})" for t in TAGS))
+        meanings = ", ".join(f"{tag} ({meaning})" for tag, meaning in TAGS.items())
+        raise SpecError(f"{file}: {key}: unknown tag {tag!r}; use one of {meanings}")
     if not isinstance(source, str) or not source.strip():
         raise SpecError(f"{file}: {key}: empty source; say where the figure comes from")
     value = _value(raw["value"], units[unit], dimension, largest)
+    written = f"{_plain(raw['value'])} {unit}"
     if value is None:
-        raise SpecError(f"{file}: {key}: impossible value {_plain(raw['value'])} {unit}; expected {_wanted(dimension, largest, units)}")
-    return Figure(value, next(iter(units)), tag, source, f"{_plain(raw['value'])} {unit}".removesuffix(" 1"))
+        raise SpecError(f"{file}: {key}: impossible value {written}; expected {_wanted(dimension, largest, units)}")
+    return Figure(value, next(iter(units)), tag, source, written.removesuffix(" 1").removesuffix(" dtype"))
 
 
 def _value(raw: object, factor: int | Decimal, dimension: str, largest: float) -> int | float | tuple | None:

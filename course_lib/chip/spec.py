@@ -33,7 +33,8 @@ CHIP_KEYS: dict[str, str] = {
     **{
         f"paths.{path}": "bytes per cycle"  # per core
         for path in (
-            "gm_read", "gm_write", "l2_read", "l2_write", "l1_l0a", "l1_l0b", "l1_ub", "ub_l1", "l0c_ub", "ub_l2", "ub_gm",
+            "gm_read", "gm_write", "l2_read", "l2_write", "l1_l0a", "l1_l0b", "l1_ub", "ub_l1", "l0c_ub", "ub_l2",
+            "ub_gm",
         )
     },
     "launch.host": "time",  # the host enqueues one operator
@@ -86,7 +87,7 @@ class ChipSpec:
         return self.figures.value("vector.clock") or self.cube_clock
 
     def cube_tile(self, dtype: str) -> tuple[int, int, int] | None:
-        """M, K, N of the product that one cube core does per cycle in ``dtype``; None: not in this dtype, or unknown."""
+        """M, K, N of the product that one cube core does per cycle; None: not in this dtype, or unknown."""
         return self.figures.value(f"cube.tile.{_dtype(dtype)}")
 
     def vector_has(self, dtype: str) -> bool:
@@ -95,20 +96,18 @@ class ChipSpec:
         return published or dtype in (self.figures.value("vector.dtypes") or ())
 
     def vector_rate(self, dtype: str) -> int | None:
-        """Peak FLOP/s of the vector cores: the published one, else cores × clock × lanes × FLOP per lane; None: unknown.
+        """Peak FLOP/s of the vector cores, published or cores × clock × lanes × FLOP per lane; None: unknown.
 
-        A fused multiply-add counts as two, as in published peaks. A dtype without arithmetic of its own is converted
-        on the way, and so runs at the rate of float32 (of 8-byte lanes, where it is wider).
+        A fused multiply-add counts as two, as in published peaks, so times from it are lower bounds. A dtype without
+        arithmetic of its own is converted on the way, and runs at the rate of float32, or slower if it is wider.
         """
-        size = DTYPES[_dtype(dtype)] if self.vector_has(dtype) else max(4, DTYPES[dtype])
-        published = self.figures.value(f"peak.vector.{dtype}") or (
-            self.figures.value("peak.vector.float32") if size == 4 else None
-        )
+        own, float32 = (self.figures.value(f"peak.vector.{name}") for name in (_dtype(dtype), "float32"))
         parts = (self.vector_cores, self.vector_clock, self.vector_width, self.figures.value("vector.flop_per_lane"))
-        if published or None in parts:
-            return published
-        cores, clock, width, flop = parts
-        return cores * clock * (width // size) * flop
+        if own is None and float32 is None and None not in parts:
+            cores, clock, width, flop = parts
+            float32 = cores * clock * (width // DTYPES["float32"]) * flop
+        size = DTYPES[dtype] if self.vector_has(dtype) else max(DTYPES["float32"], DTYPES[dtype])
+        return own or (float32 and float32 * DTYPES["float32"] // size)
 
     def peak(self, dtype: str, counts: str = "cube") -> int | None:
         """FLOP/s of dense products in ``dtype``, derived from cores × clock × tile, else as published; None: unknown.
@@ -156,7 +155,7 @@ class LinkSpec:
 
 @dataclass(frozen=True)
 class SystemSpec:
-    """Chips joined by links; ``chip`` is a name for `load_chip`, counted as programs count devices (dies on the 910C)."""
+    """Chips joined by links; ``chip`` is a name for `load_chip`. Counted as programs count devices: dies on the 910C."""
 
     name: str
     title: str
@@ -223,7 +222,8 @@ def _file(name_or_path: str | Path, kind: str, names: list[str]) -> Path:
     if isinstance(name_or_path, Path) or name_or_path.endswith(".toml"):
         return Path(name_or_path)
     if name_or_path not in names:
-        raise SpecError(f"no {kind[:-1]} named {name_or_path!r}; there are {', '.join(names)}, or give the path of a .toml file")
+        there = ", ".join(names)
+        raise SpecError(f"no {kind[:-1]} named {name_or_path!r}; there are {there}, or give the path of a .toml file")
     return data.path(kind, f"{name_or_path}.toml")
 
 

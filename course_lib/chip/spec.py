@@ -155,7 +155,7 @@ class LinkSpec:
 
 @dataclass(frozen=True)
 class SystemSpec:
-    """Chips joined by links; ``chip`` is a name for `load_chip`. Counted as programs count devices: dies on the 910C."""
+    """Chips joined by links; ``chip`` is a name for `load_chip`. Devices are what programs count: dies on the 910C."""
 
     name: str
     title: str

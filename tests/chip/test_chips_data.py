@@ -119,7 +119,8 @@ def test_systems(name: str) -> None:
     assert system.scale_up.bandwidth >= system.scale_up.peer_bandwidth
     if system.scale_up.topology == "full mesh":
         assert system.scale_up.bandwidth == (system.chips_per_node - 1) * system.scale_up.peer_bandwidth
-    assert all(figure.source for part in (system, system.scale_up, system.scale_out) for figure in part.figures.values())
+    parts = (system, system.scale_up, system.scale_out)
+    assert all(figure.source for part in parts for figure in part.figures.values())
 
 
 def test_cloudmatrix_totals() -> None:

@@ -98,6 +98,7 @@ def test_equal_hashable_frozen_and_picklable(toy: ChipSpec, tmp_path: Path) -> N
         toy.name = "other"
 
 
+NEGATIVE = '{ value = -3, unit = "W", tag = "V", source = "test" }'
 BAD = {  # what is changed in the good file: (from, to, what the message must say)
     "missing unit": ('value = 1.6, unit = "TB/s"', "value = 1.6", "memory.bandwidth: missing unit"),
     "unknown unit": ('unit = "TB/s"', 'unit = "TBps"', "memory.bandwidth: unknown unit 'TBps'.*TB/s"),
@@ -106,9 +107,9 @@ BAD = {  # what is changed in the good file: (from, to, what the message must sa
     "missing source": (', source = "page 3"', "", "memory.bandwidth: missing source"),
     "empty source": ('"page 3"', '" "', "memory.bandwidth: empty source"),
     "missing tag": ('tag = "V", source = "page 3"', 'source = "page 3"', "memory.bandwidth: missing tag"),
-    "unknown tag": ('tag = "V", source = "page 3"', 'tag = "X", source = "page 3"', "memory.bandwidth: unknown tag 'X'.*V .published"),
+    "unknown tag": ('"V", source = "page 3"', '"X", source = "page 3"', "memory.bandwidth: unknown tag 'X'.*V .publ"),
     "unknown part": ('source = "page 3"', 'source = "page 3", page = 3', "memory.bandwidth: unknown key 'page'"),
-    "bare number": ('{ value = 1.6, unit = "TB/s", tag = "V", source = "page 3" }', "1.6", "memory.bandwidth: expected"),
+    "bare number": ('{ value = 1.6, unit = "TB/s", tag = "V", source = "page 3" }', "1.6", "memory.bandwidth: exp"),
     "unknown key": ("bandwidth =", "bandwith =", "memory.bandwith: unknown key; did you mean memory.bandwidth"),
     "unknown table": ("[memory]", "[hbm]", "hbm: unknown key"),
     "table as value": ("[cube]", "power = 3\n[cube]", "power: expected a table"),
@@ -125,7 +126,7 @@ BAD = {  # what is changed in the good file: (from, to, what the message must sa
     "tile a number": ("[16, 8, 4]", "16", "cube.tile.float16: impossible value"),
     "unknown dtype": ("float16 = {", "half = {", "cube.tile.half: unknown key"),
     "unknown vector dtype": ('["float16", "float32"]', '["half"]', "vector.dtypes: impossible value"),
-    "negative power": ("[launch]", '[power]\ntdp = { value = -3, unit = "W", tag = "V", source = "t" }\n[launch]', "power.tdp: imp"),
+    "negative power": ("[launch]", f"[power]\ntdp = {NEGATIVE}\n[launch]", "power.tdp: impossible value -3 W"),
     "missing title": ('title = "Toy"', "", "title: expected a text"),
     "name no text": ('name = "toy"', "name = 3", "name: expected a text"),
     "not TOML": ("[memory]", "[memory", "not valid TOML"),
@@ -183,6 +184,7 @@ def test_system(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_system_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
-    text = SYSTEM.replace(old, new, 1) if new != "#" else "\n".join(line for line in SYSTEM.splitlines() if old not in line)
+    lines = SYSTEM.replace(old, new, 1).splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("#"))
     with pytest.raises(SpecError, match=message):
         load_system(write(tmp_path, text))

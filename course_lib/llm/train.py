@@ -1,0 +1,132 @@
+"""Train from the command line:
+
+    python -m course_lib.llm.train --device npu --chip mini --preset tiny --corpus stories
+
+Ctrl-C writes a checkpoint; the same command with --resume goes on from it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from tqdm import tqdm
+
+from course_lib.llm.checkpoint import RECORD
+from course_lib.llm.config import PRESETS
+from course_lib.llm.device import clock, open_device
+from course_lib.llm.trainer import Settings, Step, Trainer
+
+__all__ = ["Settings", "Step", "Trainer", "main"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that tells an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser() -> Parser:
+    d = Settings()
+    parser = Parser(prog="python -m course_lib.llm.train", description="Train a small language model.")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or npu (default %(default)s)")
+    parser.add_argument("--chip", help="model of the emulated npu, a name in data/chips")
+    parser.add_argument("--preset", default=d.preset, help=f"{', '.join(PRESETS)} (default %(default)s)")
+    parser.add_argument("--corpus", default=d.corpus, help="stories, reference, or a UTF-8 text file (default %(default)s)")
+    parser.add_argument("--tokenizer", default=d.tokenizer, help="char, or bpe and its vocabulary size (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=d.steps, help="steps in all, with those before --resume (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=d.batch, help="rows in one forward pass (default %(default)s)")
+    parser.add_argument("--accumulate", type=int, default=d.accumulate, help="forward passes per step (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=d.learning_rate, help="the highest (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=d.seed, help="of weights and batches (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for the checkpoint (default runs/PRESET-CORPUS)")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> Trainer:
+    """The trainer that the arguments describe; ValueError for what cannot be."""
+    if args.save_every < 1:
+        raise ValueError(f"expected save-every of at least 1, found {args.save_every}")
+    args.out = args.out or Path("runs") / f"{args.preset}-{Path(args.corpus).stem}"
+    if not args.resume and (args.out / RECORD).exists():
+        raise ValueError(f"{args.out} holds a checkpoint already; go on from it with --resume, or choose another --out")
+    if args.resume and not (args.out / RECORD).exists():
+        raise ValueError(f"no checkpoint to resume in {args.out}; expected {args.out / RECORD}; leave out --resume to begin")
+    fields = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if hasattr(args, name)}
+    settings = Settings(**fields)
+    trainer = Trainer(settings, open_device(args.device, args.chip))
+    if args.resume:
+        trainer.resume(args.out)
+        if trainer.done >= settings.steps:
+            raise ValueError(f"the checkpoint in {args.out} has {trainer.done} steps already; expected --steps above that, found {settings.steps}")
+    return trainer
+
+
+def utilisation(trainer: Trainer, history: list[Step]) -> str:
+    """Throughput and MFU over these steps, with clock, convention and peak."""
+    tokens, seconds = sum(step.tokens for step in history), sum(step.seconds for step in history)
+    mfu = trainer.mfu(tokens, seconds)
+    percent = "unknown, for the device tells no peak" if mfu is None else f"{mfu:.1%}"
+    return f"{tokens / seconds:,.0f} tokens/s ({clock(trainer.device)}) · MFU {percent} (6N+attention causal, float32 cube peak)"
+
+
+def train(trainer: Trainer, out: Path, save_every: int) -> list[Step]:
+    """Run to the last step, with a progress bar and checkpoints; also where it is interrupted."""
+    history: list[Step] = []
+    saved = trainer.done
+    try:
+        with tqdm(total=trainer.settings.steps, initial=trainer.done, unit="step") as bar:
+            for step in trainer.run():
+                history.append(step)
+                bar.update()
+                if step.number == trainer.done:  # the last of a group that the host has read
+                    bar.set_postfix_str(f"loss {step.loss:.3f} · {utilisation(trainer, history[-10:])}")
+                    if trainer.done - saved >= save_every:
+                        trainer.save(out)
+                        saved = trainer.done
+    finally:
+        if trainer.done > saved and history[-1].loss == history[-1].loss:  # not a checkpoint of NaN
+            trainer.save(out)
+    return history
+
+
+def report(trainer: Trainer, history: list[Step], out: Path) -> None:
+    """Print what was reached."""
+    loss, floor = trainer.validate(), trainer.floor
+    print(f"steps       {trainer.done} of {trainer.tokens_per_step:,} tokens, {trainer.model.num_parameters():,} parameters")
+    print(f"loss        {history[-1].loss:.3f} in training, {loss:.3f} in validation (nats per token)")
+    if floor is None:
+        print("floor       unknown: the entropy of this corpus is not known")
+    else:
+        print(f"floor       {floor:.3f} (entropy of the corpus); the validation loss is {loss - floor:.3f} above it")
+    print(f"throughput  {utilisation(trainer, history)}")
+    print(f"checkpoint  {out}")
+    print(f"sample      {trainer.sample()}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status, and leaves with status 2 and one line where an argument is wrong."""
+    torch.set_num_threads(1)  # faster for models this small, and repeats to the bit
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        trainer = prepare(args)
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    try:
+        report(trainer, train(trainer, args.out, args.save_every), args.out)
+    except KeyboardInterrupt:
+        print(f"interrupted after {trainer.done} steps; the same command with --resume goes on from {args.out}", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

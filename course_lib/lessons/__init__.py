@@ -1,0 +1,1 @@
+"""What the lessons are made with: predictions, comparisons, checks, solutions, and the notebooks' rules and store."""

@@ -58,11 +58,11 @@ notebooks: $(ready) ## run the notebooks again and store them, normalised
 bench: $(ready) ## print the speed of the emulation on this machine
 	$(run) tests/bench.py
 
-lock: ## write requirements.lock anew within the bounds of pyproject.toml
+lock: ## write requirements.lock anew; PYTHON is to be the oldest Python allowed
 	rm -rf build/lock && "$(PYTHON)" -m venv build/lock
 	build/lock/bin/python -m pip install "$$(grep '^torch==' requirements.lock)" \
 		"hatchling>=1.25,<2" "editables>=0.5,<1" ".[lab,test]"
-	{ sed -n '/^#/p;/;/p' requirements.lock; \
+	{ grep -E '^#|;' requirements.lock; \
 		build/lock/bin/python -m pip freeze --all --exclude pip --exclude course-lib \
 		| sed 's/+cpu$$//' | grep -Ev '^(nvidia|cuda|triton)'; } > build/requirements.lock
 	mv build/requirements.lock requirements.lock

@@ -72,6 +72,18 @@ def test_the_lock_is_complete() -> None:
     assert not missing
 
 
+def test_the_lock_admits_the_oldest_python() -> None:
+    oldest = min(SpecifierSet(PROJECT["requires-python"]), key=lambda part: part.version).version + ".0"
+    refusing = []
+    for name, version in locked().items():
+        if not (found := list(metadata.distributions(name=name))) or found[0].version != version:
+            continue
+        needs = found[0].metadata["Requires-Python"]
+        if needs and oldest not in SpecifierSet(needs):
+            refusing.append(f"{name} {version} needs Python {needs}")
+    assert not refusing
+
+
 def test_no_package_index_is_named() -> None:
     for name in ("Makefile", "requirements.lock", "environment.yml", "pyproject.toml", ".ci/run"):
         assert "://" not in (ROOT / name).read_text(encoding="utf-8"), name

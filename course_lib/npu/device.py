@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import backend_registration
 
-from course_lib.npu import ops, runtime, transfer
+from course_lib.npu import backward, ops, runtime, transfer
 from course_lib.npu.memory import format_size
 from course_lib.npu.streams import Event, Stream, _index, current_stream, default_stream, set_stream, stream
 from course_lib.npu.tensor import NpuTensor
@@ -135,9 +135,7 @@ def memory_stats(device: Any = None) -> dict[str, int]:
 
 
 def _stat(name: str, which: str, device: Any) -> int:
-    memory = _memory(device)
-    memory.settle()
-    return getattr(memory.stat[name, "all"], which)
+    return _memory(device).read(name, which)
 
 
 def memory_allocated(device: Any = None) -> int:
@@ -249,8 +247,9 @@ def attach(module: Any) -> None:
     """Register ``module`` as ``torch.npu`` and the operators with the dispatcher; once in a process."""
     if _kept:
         return
-    backend_registration._setup_privateuseone_for_python_backend("npu", backend_module=module)
-    _kept.extend(transfer.register() + ops.register())
+    backend_registration._setup_privateuseone_for_python_backend("npu", backend_module=module, device_guard=backward.Guard())
+    backward.attach()
+    _kept.extend(transfer.register() + ops.register(transfer.kernel))
     # module.to("npu") keeps parameter objects, so that tied weights stay tied
     torch.__future__.set_swap_module_params_on_conversion(True)
     # optimizers choose their multi-tensor form by type, and know only PyTorch's own

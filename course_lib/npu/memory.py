@@ -39,23 +39,71 @@ def format_size(size: int) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-class Stat:
-    """A figure with its present value, peak, and the sums of what was added and taken."""
+class Tally:
+    """Counts of one pool, or of all. Each figure has its present value, its peak, and the sum of all that was added.
 
-    __slots__ = ("current", "peak", "allocated", "freed")
+    What was taken away follows: the sum minus the present value. Written out, for it runs twice an operator.
+    """
+
+    FIGURES = ("allocation", "allocated_bytes", "requested_bytes", "inactive_split", "inactive_split_bytes", "segment", "reserved_bytes")
+    __slots__ = ("now", "peak", "sum", "sum_base", "freed_base")
 
     def __init__(self) -> None:
-        self.current = self.peak = self.allocated = self.freed = 0
+        self.now, self.peak = dict.fromkeys(self.FIGURES, 0), dict.fromkeys(self.FIGURES, 0)
+        self.sum, self.sum_base, self.freed_base = dict.fromkeys(self.FIGURES, 0), dict.fromkeys(self.FIGURES, 0), dict.fromkeys(self.FIGURES, 0)
 
-    def add(self, n: int) -> None:
-        self.current += n
-        self.allocated += n
-        if self.current > self.peak:
-            self.peak = self.current
+    def add(self, figure: str, n: int) -> None:
+        now = self.now[figure] + n
+        self.now[figure] = now
+        if n > 0:
+            self.sum[figure] += n
+            if now > self.peak[figure]:
+                self.peak[figure] = now
 
-    def take(self, n: int) -> None:
-        self.current -= n
-        self.freed += n
+    def take_block(self, size: int, requested: int, splits: int, split_bytes: int) -> None:
+        """A block went into use; ``splits`` and ``split_bytes`` are what that changed among the unused pieces."""
+        now, peak, total = self.now, self.peak, self.sum
+        n = now["allocation"] = now["allocation"] + 1
+        total["allocation"] += 1
+        if n > peak["allocation"]:
+            peak["allocation"] = n
+        n = now["allocated_bytes"] = now["allocated_bytes"] + size
+        total["allocated_bytes"] += size
+        if n > peak["allocated_bytes"]:
+            peak["allocated_bytes"] = n
+        n = now["requested_bytes"] = now["requested_bytes"] + requested
+        total["requested_bytes"] += requested
+        if n > peak["requested_bytes"]:
+            peak["requested_bytes"] = n
+        self._split(splits, split_bytes)
+
+    def give_block(self, size: int, requested: int, splits: int, split_bytes: int) -> None:
+        """A block went out of use."""
+        now = self.now
+        now["allocation"] -= 1
+        now["allocated_bytes"] -= size
+        now["requested_bytes"] -= requested
+        self._split(splits, split_bytes)
+
+    def _split(self, splits: int, split_bytes: int) -> None:
+        if splits:
+            self.add("inactive_split", splits)
+        if split_bytes:
+            self.add("inactive_split_bytes", split_bytes)
+
+    def read(self, figure: str, which: str) -> int:
+        """``which`` is "current", "peak", "allocated" (the sum of what was added) or "freed"."""
+        if which == "current":
+            return self.now[figure]
+        if which == "peak":
+            return self.peak[figure]
+        if which == "allocated":
+            return self.sum[figure] - self.sum_base[figure]
+        return self.sum[figure] - self.now[figure] - self.freed_base[figure]
+
+    def reset_sums(self) -> None:
+        self.sum_base = dict(self.sum)
+        self.freed_base = {f: self.sum[f] - self.now[f] for f in self.FIGURES}
 
 
 class Block:
@@ -74,8 +122,9 @@ class Block:
     def address(self) -> int:
         return self.segment.address + self.offset
 
-    def key(self) -> tuple[int, int]:
-        return self.size, self.address
+    def unused(self) -> int:
+        """Bytes that this unused block counts as a piece of a split segment; 0 if it is the whole segment."""
+        return self.size if self.size != self.segment.size else 0
 
 
 class Segment:
@@ -98,16 +147,15 @@ class CachingAllocator:
         scale = scale_of(capacity)
         self.small_limit, self.small_segment = MIB // scale, 2 * MIB // scale
         self.large_limit, self.large_segment = 10 * MIB // scale, 20 * MIB // scale
-        self._free: dict[str, list[tuple[tuple[int, int], Block]]] = {"small": [], "large": []}
+        self._free: dict[str, list[tuple[int, int, Block]]] = {"small": [], "large": []}  # (size, address, block), sorted
         self._lock = threading.Lock()
         self._pending: list[Block] = []
         self._next_address = MIN_BLOCK
         self.segments: dict[int, Segment] = {}
         self.retries = self.ooms = 0
-        names = ("allocation", "allocated_bytes", "requested_bytes", "segment", "reserved_bytes", "inactive_split", "inactive_split_bytes")
-        self.stat = {(n, p): Stat() for n in names for p in ("all", "small", "large")}
+        self.tally = {"all": Tally(), "small": Tally(), "large": Tally()}
 
-    # -- the two calls that the device makes -------------------------------------------------------
+    # -- the calls that the device makes -----------------------------------------------------------
 
     def allocate(self, nbytes: int) -> Block:
         """A block for ``nbytes``; raises torch.OutOfMemoryError with torch_npu's wording."""
@@ -121,9 +169,14 @@ class CachingAllocator:
             if block is None:
                 self.ooms += 1
                 raise torch.OutOfMemoryError(self._complaint(nbytes))
-            self._split(block, size)
+            before = block.unused()
+            rest = self._split(block, size)
             block.used, block.requested = True, nbytes
-            self._count(pool, block, True)
+            splits, split_bytes = (1, rest) if rest else (0, 0)
+            if before:
+                splits, split_bytes = splits - 1, split_bytes - before
+            for p in ("all", pool):
+                self.tally[p].take_block(block.size, nbytes, splits, split_bytes)
         return block
 
     def free(self, block: Block) -> None:
@@ -148,18 +201,16 @@ class CachingAllocator:
     def _drain(self) -> None:
         while self._pending:
             block = self._pending.pop()
+            pool, size, requested = block.segment.pool, block.size, block.requested
             block.used = False
-            self._count(block.segment.pool, block, False)
-            self._merge(block)
+            splits, split_bytes = self._merge(block)
+            for p in ("all", pool):
+                self.tally[p].give_block(size, requested, splits, split_bytes)
 
     def _best_fit(self, pool: str, size: int) -> Block | None:
         free = self._free[pool]
-        at = bisect.bisect_left(free, ((size, 0),))
-        if at == len(free):
-            return None
-        block = free.pop(at)[1]
-        self._split_stat(block, -1)
-        return block
+        at = bisect.bisect_left(free, (size,))
+        return free.pop(at)[2] if at < len(free) else None
 
     def _grow(self, pool: str, size: int) -> Block | None:
         if pool == "small":
@@ -168,14 +219,12 @@ class CachingAllocator:
             need = self.large_segment
         else:
             need = -(-size // self.small_segment) * self.small_segment
-        if self.stat["reserved_bytes", "all"].current + need > self.limit:
+        if self.tally["all"].now["reserved_bytes"] + need > self.limit:
             return None
         segment = Segment(self._next_address, need, pool)
         self._next_address += need
         self.segments[segment.address] = segment
-        for p in ("all", pool):
-            self.stat["segment", p].add(1)
-            self.stat["reserved_bytes", p].add(need)
+        self._count_segment(pool, 1, need)
         return Block(segment, 0, need)
 
     def _retry(self, pool: str, size: int) -> Block | None:
@@ -183,18 +232,22 @@ class CachingAllocator:
         self._release_segments()
         return self._grow(pool, size)
 
-    def _split(self, block: Block, size: int) -> None:
+    def _split(self, block: Block, size: int) -> int:
+        """Cut ``block`` to ``size``; returns the bytes of the unused rest, 0 where it is too small to keep apart."""
         rest = block.size - size
         if rest < MIN_BLOCK or (block.segment.pool == "large" and rest <= self.small_limit):
-            return
+            return 0
         tail = Block(block.segment, block.offset + size, rest)
         tail.prev, tail.next, block.size = block, block.next, size
         if tail.next:
             tail.next.prev = tail
         block.next = tail
         self._insert(tail)
+        return rest
 
-    def _merge(self, block: Block) -> None:
+    def _merge(self, block: Block) -> tuple[int, int]:
+        """Join ``block`` with unused neighbours; returns what that changed in unused pieces of split segments."""
+        splits, split_bytes = 1, block.size
         for other in (block.prev, block.next):
             if other is None or other.used:
                 continue
@@ -204,45 +257,36 @@ class CachingAllocator:
             first.next = second.next
             if second.next:
                 second.next.prev = first
-            block = first
+            block, splits = first, splits - 1
         self._insert(block)
+        if block.size == block.segment.size:  # the segment is whole again: all its unused pieces are gone
+            pieces = 1 - splits
+            return -pieces, split_bytes - block.size
+        return splits, split_bytes
 
     def _insert(self, block: Block) -> None:
-        bisect.insort(self._free[block.segment.pool], (block.key(), block))
-        self._split_stat(block, 1)
+        bisect.insort(self._free[block.segment.pool], (block.size, block.address, block))
 
     def _remove(self, block: Block) -> None:
         free = self._free[block.segment.pool]
-        del free[bisect.bisect_left(free, (block.key(),))]
-        self._split_stat(block, -1)
+        del free[bisect.bisect_left(free, (block.size, block.address))]
 
-    def _split_stat(self, block: Block, sign: int) -> None:
-        if block.prev is None and block.next is None:
-            return
-        for p in ("all", block.segment.pool):
-            for name, n in (("inactive_split", 1), ("inactive_split_bytes", block.size)):
-                stat = self.stat[name, p]
-                stat.add(n) if sign > 0 else stat.take(n)
-
-    def _count(self, pool: str, block: Block, up: bool) -> None:
-        for name, n in (("allocation", 1), ("allocated_bytes", block.size), ("requested_bytes", block.requested)):
-            for p in ("all", pool):
-                stat = self.stat[name, p]
-                stat.add(n) if up else stat.take(n)
+    def _count_segment(self, pool: str, segments: int, nbytes: int) -> None:
+        for p in ("all", pool):
+            self.tally[p].add("segment", segments)
+            self.tally[p].add("reserved_bytes", nbytes)
 
     def _release_segments(self) -> None:
         for pool, free in self._free.items():
-            whole = [b for _, b in free if b.size == b.segment.size]
-            self._free[pool] = [(k, b) for k, b in free if b.size != b.segment.size]
+            whole = [b for _, _, b in free if b.size == b.segment.size]
+            self._free[pool] = [entry for entry in free if entry[2].size != entry[2].segment.size]
             for block in whole:
                 del self.segments[block.segment.address]
-                for p in ("all", pool):
-                    self.stat["segment", p].take(1)
-                    self.stat["reserved_bytes", p].take(block.size)
+                self._count_segment(pool, -1, -block.size)
 
     def _complaint(self, nbytes: int) -> str:
-        allocated = format_size(self.stat["allocated_bytes", "all"].current)
-        reserved = self.stat["reserved_bytes", "all"].current
+        now = self.tally["all"].now
+        allocated, reserved = format_size(now["allocated_bytes"]), now["reserved_bytes"]
         allowed = f"{format_size(self.limit)} allowed; " if self.limit < self.capacity else ""
         return (
             f"NPU out of memory. Tried to allocate {format_size(nbytes)} (NPU {self.index}; "
@@ -258,15 +302,20 @@ class CachingAllocator:
         with self._lock:
             self._drain()
 
+    def read(self, figure: str, which: str) -> int:
+        """One figure over all pools, such as ("allocated_bytes", "peak")."""
+        self.settle()
+        return self.tally["all"].read(figure, which)
+
     def stats(self) -> dict[str, int]:
         """Statistics under torch_npu's keys: ``allocated_bytes.all.peak``, ``segment.large_pool.current``, …"""
         self.settle()
         out = {}
         alias = {"active": "allocation", "active_bytes": "allocated_bytes"}
-        for name in sorted({n for n, _ in self.stat} | set(alias)):
+        for name in sorted((*Tally.FIGURES, *alias)):
             for pool, label in (("all", "all"), ("large", "large_pool"), ("small", "small_pool")):
-                stat = self.stat[alias.get(name, name), pool]
-                out.update({f"{name}.{label}.{k}": getattr(stat, k) for k in Stat.__slots__})
+                for which in ("current", "peak", "allocated", "freed"):
+                    out[f"{name}.{label}.{which}"] = self.tally[pool].read(alias.get(name, name), which)
         return out | {
             "num_alloc_retries": self.retries, "num_ooms": self.ooms, "num_oom_rejections": 0,
             "max_split_size": -1, "oversize_allocations": 0, "oversize_segments": 0,
@@ -275,12 +324,12 @@ class CachingAllocator:
     def reset_peak(self) -> None:
         """Peaks start again from the present values."""
         self.settle()
-        for stat in self.stat.values():
-            stat.peak = stat.current
+        for tally in self.tally.values():
+            tally.peak = dict(tally.now)
 
     def reset_accumulated(self) -> None:
         """The sums of what was allocated and freed, and the counts of failures, start again from zero."""
         self.settle()
-        for stat in self.stat.values():
-            stat.allocated = stat.freed = 0
+        for tally in self.tally.values():
+            tally.reset_sums()
         self.retries = self.ooms = 0

@@ -1,10 +1,13 @@
 """Fused operators: one kernel where PyTorch's own decomposition would launch many.
 
-So far attention. ``F.scaled_dot_product_attention`` on the device is flash attention: its memory grows
-with T, not T², and above the diagonal nothing is computed. The rest follows with the fused operators of torch_npu.
+* ``F.scaled_dot_product_attention`` is flash attention: its memory grows with T, not T², and nothing is
+  computed above the diagonal.
+* ``F.rms_norm`` is one kernel forward and one backward, ``npu_rms_norm`` on a real NPU.
+* SiLU's backward is one kernel; without a word from the device PyTorch would take it apart.
 """
 
 import torch
+from torch import Tensor
 
 aten = torch.ops.aten
 
@@ -13,20 +16,59 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     """``F.scaled_dot_product_attention``: query (B, H, T, K), key and value (B, H or groups, S, K)."""
     fits = query.dim() == 4 and dropout_p == 0.0 and query.shape[-1] == value.shape[-1] and query.is_floating_point()
     if not fits:
-        return _by_parts(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-def _by_parts(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-    """The same by matmul, softmax, matmul, where flash attention does not apply."""
-    return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+def rms_norm(x, normalized_shape, weight=None, eps=None):
+    """``F.rms_norm`` over the last dimensions of x (…, D), by the fused kernel."""
+    return aten._fused_rms_norm(x, normalized_shape, weight, eps)[0]
 
 
-def register() -> list[torch.library.Library]:
-    """Take ``scaled_dot_product_attention`` over before PyTorch takes it apart."""
+# -- kernels on host tensors, where the CPU has none of its own ------------------------------------
+
+
+def rms_norm_forward(x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    """(y, 1/rms) of x (…, D): y = x / sqrt(mean(x²) + ε) · weight, in float32 inside."""
+    dims = tuple(range(x.dim() - len(normalized_shape), x.dim()))
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    eps = torch.finfo(wide.dtype).eps if eps is None else eps
+    inverse = wide.square().mean(dims, keepdim=True).add_(eps).rsqrt_()
+    y = wide * inverse
+    return (y if weight is None else y.mul_(weight)).to(x.dtype), inverse
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, normalized_shape: list[int], inverse: Tensor, weight: Tensor | None, output_mask: list[bool]) -> tuple:
+    """Gradients of x and weight. With n = x/rms and g = grad·weight: dx = (g − n·mean(g·n)) / rms, dweight = Σ grad·n."""
+    dims = tuple(range(x.dim() - len(normalized_shape), x.dim()))
+    rows = tuple(range(x.dim() - len(normalized_shape)))
+    wide = inverse.dtype
+    normed = x.to(wide) * inverse
+    g = grad.to(wide)
+    grad_weight = None
+    if output_mask[1] and weight is not None:
+        product = g * normed
+        grad_weight = (product.sum(rows) if rows else product).to(weight.dtype)
+    if not output_mask[0]:
+        return None, grad_weight
+    g = g if weight is None else g * weight
+    projection = (g * normed).mean(dims, keepdim=True)
+    return g.sub_(normed.mul_(projection)).mul_(inverse).to(x.dtype) if weight is not None else ((g - normed * projection) * inverse).to(x.dtype), grad_weight
+
+
+KERNELS = {aten._fused_rms_norm.default: rms_norm_forward, aten._fused_rms_norm_backward.default: rms_norm_backward}
+# Operators that PyTorch takes apart unless the device has a kernel of its own
+WHOLE = (aten.silu_backward.default, aten.mish_backward.default, aten.native_channel_shuffle.default, aten._fused_rms_norm.default)
+
+
+def register(explicit) -> list[torch.library.Library]:
+    """Take operators over before PyTorch takes them apart; ``explicit(func)`` is a device kernel for ``func``."""
     library = torch.library.Library("aten", "IMPL")
     for key in ("AutogradPrivateUse1", "PrivateUse1"):
         library.impl("scaled_dot_product_attention", attention, key)
+        library.impl("rms_norm", rms_norm, key)
+    for func in WHOLE:
+        library.impl(func._schema.name.split("::")[1], explicit(func), "PrivateUse1")
     return [library]

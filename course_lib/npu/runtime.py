@@ -42,14 +42,14 @@ class Device:
 class Held(weakref.ref):
     """A device storage and the block of device memory that it holds for as long as it lives."""
 
-    __slots__ = ("key", "block", "index", "category")
+    __slots__ = ("key", "block", "index", "device", "category")
 
     def __new__(cls, storage: torch.UntypedStorage, block: Block, index: int) -> "Held":
         return super().__new__(cls, storage, _release)
 
     def __init__(self, storage: torch.UntypedStorage, block: Block, index: int) -> None:
         super().__init__(storage, _release)
-        self.key, self.block, self.index = storage._cdata, block, index
+        self.key, self.block, self.index, self.device = storage._cdata, block, index, devices[index].torch_device
         self.category: str | None = None  # "weights", "activations", …: see where.py
 
 

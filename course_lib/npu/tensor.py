@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from course_lib.chip.cost import Cost, cost
-from course_lib.npu import runtime
+from course_lib.npu import backward, ops, runtime
 from course_lib.npu.work import base_name, tensors_in, work
 
 FREE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_reshape_alias", "set", "resize", "record_stream", "_has_compatible_shallow_copy_type", "is_same_size"}
@@ -33,16 +33,15 @@ class NpuTensor(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
-    @staticmethod
-    def __new__(cls, inner: torch.Tensor, index: int, requires_grad: bool = False) -> "NpuTensor":
-        return _wrap(inner, index, requires_grad)
-
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
         info = _infos.get(func) or _learn(func)
-        if info.handler is not None:
-            return info.handler(info, args, kwargs or {})
-        return run(info, args, kwargs or {})
+        try:
+            if info.view and not kwargs:
+                return look(info, args)
+            return (info.handler or run)(info, args, kwargs or {})
+        except Exception as error:
+            return backward.keep(error)
 
     # -- what a tensor does outside of operators --
 
@@ -61,8 +60,26 @@ class NpuTensor(torch.Tensor):
             return torch._utils._rebuild_parameter, (plain, self.requires_grad, {})
         return torch._utils._rebuild_tensor_v2, data
 
+    def __deepcopy__(self, memo: dict) -> "NpuTensor":
+        if id(self) in memo:
+            return memo[id(self)]
+        if not self.is_leaf:
+            raise RuntimeError("Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the moment.")
+        with torch.no_grad():
+            copy = self.detach().clone(memory_format=torch.preserve_format)
+        copy.requires_grad_(self.requires_grad)
+        if getattr(self, "_is_param", False):
+            copy._is_param = True
+        if self.grad is not None:
+            copy.grad = self.grad.__deepcopy__(memo)
+        memo[id(self)] = copy
+        return copy
+
     def untyped_storage(self) -> torch.UntypedStorage:
         return self._inner.untyped_storage()
+
+    def __format__(self, spec: str) -> str:
+        return self.item().__format__(spec) if self.dim() == 0 else object.__format__(self, spec)
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -89,13 +106,15 @@ class _Plain:
 class Info:
     """What is known of an operator before it runs; made once, on its first call."""
 
-    __slots__ = ("func", "name", "free", "in_place", "outs", "random", "takes_generator", "waits", "needs_arguments", "handler")
+    __slots__ = ("func", "name", "kernel", "free", "view", "in_place", "outs", "random", "takes_generator", "waits", "needs_arguments", "handler")
 
     def __init__(self, func: torch._ops.OpOverload) -> None:
         schema = func._schema
         self.func, self.name = func, base_name(func)
+        self.kernel = ops.KERNELS.get(func, func)
         written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         self.free = self.name in FREE or func.is_view
+        self.view = (func.is_view or self.name == "_unsafe_view") and len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
         self.in_place = bool(written) and not written[0].is_out and len(schema.returns) == 1 and schema.returns[0].alias_info is not None
         self.outs = [a.name for a in written if a.is_out]
         self.random = torch.Tag.nondeterministic_seeded in func.tags
@@ -131,6 +150,13 @@ def run(info: Info, args: tuple, kwargs: dict) -> Any:
         if info.waits:
             device.current.wait()
     return out
+
+
+def look(info: Info, args: tuple) -> NpuTensor:
+    """A view: another shape for the same memory. Nothing is launched."""
+    base = args[0]
+    inner = info.func(base._inner, *args[1:])
+    return _clothe(inner, base._held)
 
 
 def charge(name: str, device: runtime.Device, price: Cost, tensors: list[torch.Tensor]) -> None:
@@ -200,14 +226,14 @@ def _one_device(info: Info, seen: list[NpuTensor], index: int | None) -> int:
 def _compute(info: Info, args: list, kwargs: dict, device: runtime.Device) -> Any:
     """The operator by the CPU's kernel; random numbers come from the device's own generator."""
     if not info.random:
-        return info.func(*args, **kwargs)
+        return info.kernel(*args, **kwargs)
     if info.takes_generator:
         kwargs = kwargs | {"generator": kwargs.get("generator") or device.generator}
-        return info.func(*args, **kwargs)
+        return info.kernel(*args, **kwargs)
     state = torch.get_rng_state()
     torch.set_rng_state(device.generator.get_state())
     try:
-        return info.func(*args, **kwargs)
+        return info.kernel(*args, **kwargs)
     finally:
         device.generator.set_state(torch.get_rng_state())
         torch.set_rng_state(state)
@@ -216,19 +242,19 @@ def _compute(info: Info, args: list, kwargs: dict, device: runtime.Device) -> An
 # -- results ------------------------------------------------------------------------------------------
 
 
-def _wrap(inner: torch.Tensor, index: int, requires_grad: bool = False) -> NpuTensor:
+def wrap(inner: torch.Tensor, index: int) -> NpuTensor:
     """``inner`` as a tensor of device ``index``; a new storage takes device memory."""
-    held = runtime.hold(inner.untyped_storage(), index)
-    shape, stride = inner.shape, inner.stride()
-    out = torch.Tensor._make_wrapper_subclass(
-        NpuTensor, shape, stride, inner.storage_offset(), dtype=inner.dtype,
-        device=runtime.devices[held.index].torch_device, requires_grad=requires_grad,
-    )
-    out._inner, out._held, out._key = inner, held, (shape, stride, inner.dtype)
+    return _clothe(inner, runtime.hold(inner.untyped_storage(), index))
+
+
+def _clothe(inner: torch.Tensor, held: runtime.Held) -> NpuTensor:
+    shape, stride, dtype = inner.shape, inner.stride(), inner.dtype
+    out = _make(NpuTensor, shape, stride, inner.storage_offset(), dtype=dtype, device=held.device)
+    out._inner, out._held, out._key = inner, held, (shape, stride, dtype)
     return out
 
 
-wrap = _wrap
+_make = torch.Tensor._make_wrapper_subclass
 
 
 def _wrap_result(info: Info, result: Any, args: tuple, kwargs: dict, index: int) -> tuple[Any, tuple]:
@@ -241,10 +267,10 @@ def _wrap_result(info: Info, result: Any, args: tuple, kwargs: dict, index: int)
         _refresh((args[0],))
         return args[0], ()
     if type(result) is torch.Tensor:
-        out = _wrap(result, index)
+        out = wrap(result, index)
         return out, out._key
     if isinstance(result, (list, tuple)):
-        wrapped = [_wrap(r, index) if isinstance(r, torch.Tensor) else r for r in result]
+        wrapped = [wrap(r, index) if isinstance(r, torch.Tensor) else r for r in result]
         return type(result)(wrapped) if type(result) in (list, tuple) else tuple(wrapped), tuple(w._key for w in wrapped if type(w) is NpuTensor)
     return result, ()
 
@@ -259,7 +285,7 @@ def _refresh(written: tuple) -> None:
 
 def adopt(t: NpuTensor, inner: torch.Tensor) -> None:
     """Make ``t`` stand for ``inner``: shape, strides and memory."""
-    fresh = _wrap(inner, t._held.index)
+    fresh = wrap(inner, t._held.index)
     t.data = fresh
     t._inner, t._held, t._key = inner, fresh._held, fresh._key
 

@@ -118,11 +118,13 @@ def register() -> list[torch.library.Library]:
         ("empty.memory_format", aten.empty.memory_format), ("empty_strided", aten.empty_strided.default),
         ("copy_", aten.copy_.default), ("_to_copy", aten._to_copy.default), ("_copy_from", aten._copy_from.default),
     ):
-        explicit.impl(name, _explicit(func), "PrivateUse1")
+        explicit.impl(name, kernel(func), "PrivateUse1")
     return [everything, explicit]
 
 
-def _explicit(func: torch._ops.OpOverload) -> Any:
+def kernel(func: torch._ops.OpOverload) -> Any:
+    """A device kernel for ``func`` that PyTorch's dispatcher can call."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
         return factory(func, *args, **kwargs)
 

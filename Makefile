@@ -20,6 +20,7 @@ export JUPYTER_PREFER_ENV_PATH := 1# the kernel of this environment, never one o
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 run := .venv/bin/python
+quiet := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
 # The environment is complete when .venv/.ready exists: it is written last, so an interrupted set-up starts over. It
 # holds what the environment was made for; another place, Python or index asked for makes it anew.
@@ -40,6 +41,7 @@ $(ready): requirements.lock pyproject.toml $(if $(stale),FORCE)
 	$(run) -m pip install --requirement requirements.lock
 	$(run) -m pip install --no-build-isolation --no-deps --editable .
 	$(run) -m course_lib.lessons.notebooks --kernel
+	@mkdir -p .venv/share/jupyter/lab/settings && echo '$(quiet)' > .venv/share/jupyter/lab/settings/overrides.json
 	@printf '%s\n' "in $(ROOT)" "torch $(TORCH_INDEX)" "python $(PYTHON)" > $@
 
 .PHONY: FORCE help lab test notebooks bench lock clean

@@ -113,6 +113,8 @@ def main() -> int:
     if options.kernel:
         register_kernel()
         return 0
+    if missing := [str(file) for file in options.notebooks if not file.is_file()]:
+        parser.error(f"no notebook {', '.join(missing)}")
     wrong = 0
     with tempfile.TemporaryDirectory() as scratch:
         environment = quiet_environment(Path(scratch))

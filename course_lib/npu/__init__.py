@@ -8,14 +8,20 @@
     with npu.ledger() as ledger:
         y = x @ x
     print(ledger.table(by="op"))
+
+Where a real torch_npu is installed it is used, with a warning, and nothing is emulated: ``EMULATED`` is
+False, and ``use`` and ``ledger`` say why they cannot work. ``COURSE_EMULATE=1`` asks for the emulation.
 """
 
-from course_lib.npu import device as _device
-from course_lib.npu import runtime
+from course_lib.npu import real
 from course_lib.npu.ledger import Ledger, ledger
 from course_lib.npu.runtime import use
 
-_device.attach(_device)
-runtime.use()
+EMULATED = real.emulate()
+if EMULATED:
+    from course_lib.npu import device
 
-__all__ = ["Ledger", "ledger", "use"]
+    device.attach(device)
+    use()
+
+__all__ = ["EMULATED", "Ledger", "ledger", "use"]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from course_lib.chip.cost import Cost
-from course_lib.npu import runtime
+from course_lib.npu import real, runtime
 from course_lib.npu.clock import PS_PER_S, Timeline
 from course_lib.npu.where import category_of, where
 
@@ -241,4 +241,5 @@ class Ledger:
 
 def ledger() -> Ledger:
     """A new ledger, to be used as ``with npu.ledger() as ledger:``."""
+    real.refuse("ledger()")
     return Ledger()

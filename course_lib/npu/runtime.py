@@ -11,6 +11,7 @@ import weakref
 import torch
 
 from course_lib.chip.spec import ChipSpec, load_chip
+from course_lib.npu import real
 from course_lib.npu.clock import PS_PER_S, Host, Timeline
 from course_lib.npu.memory import Block, CachingAllocator, format_size
 
@@ -92,6 +93,7 @@ def use(chip: str | ChipSpec | None = None, count: int = 1) -> ChipSpec:
     and then the old chip stays.
     """
     global devices, current, host
+    real.refuse("use()")
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"use(count={count!r}): the number of devices must be a whole number from 1 on")
     if ledgers:

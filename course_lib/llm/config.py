@@ -1,7 +1,7 @@
 """The dial: one preset name decides the whole shape of the model.
 
-    >>> preset("tiny", vocab_size=512).head_width
-    32
+>>> preset("tiny", vocab_size=512).head_width
+32
 """
 
 from dataclasses import dataclass

@@ -95,12 +95,16 @@ def read(file: Path) -> Corpus:
     if not raw.strip():
         raise ValueError(f"{file}: is empty; expected UTF-8 text, some thousand characters of it; choose another file")
     if b"\0" in raw:
-        raise ValueError(f"{file}: is binary (it has a zero byte); expected UTF-8 text; convert it, or choose another file")
+        raise ValueError(
+            f"{file}: is binary (it has a zero byte); expected UTF-8 text; convert it, or choose another file"
+        )
     try:
         return split(str(file), raw.decode("utf-8-sig").replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         hint = f"iconv -f latin1 -t utf-8 {file}"
-        raise ValueError(f"{file}: is not UTF-8 (byte {error.start}); expected UTF-8 text; convert it, for example by {hint}") from None
+        raise ValueError(
+            f"{file}: is not UTF-8 (byte {error.start}); expected UTF-8 text; convert it, for example by {hint}"
+        ) from None
 
 
 def split(name: str, text: str) -> Corpus:

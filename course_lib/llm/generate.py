@@ -46,7 +46,9 @@ def check(model: Transformer, prompt: Tensor, new: int, temperature: float, top_
     if prompt.shape[1] < 1:
         raise ValueError("the prompt is empty; expected at least one token")
     if prompt.shape[1] + new > context:
-        raise ValueError(f"prompt of {prompt.shape[1]} and {new} new tokens exceed the context of {context} tokens; ask for fewer")
+        raise ValueError(
+            f"prompt of {prompt.shape[1]} and {new} new tokens exceed the context of {context} tokens; ask for fewer"
+        )
     if temperature < 0:
         raise ValueError(f"expected a temperature of 0 (greedy) or above, found {temperature}")
     if top_k is not None and top_k < 1:
@@ -64,7 +66,9 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, generator: tor
     return torch.multinomial(scaled.softmax(-1), 1, generator=generator).to(logits.device)  # (B, 1)
 
 
-def write(model: Transformer, tokenizer: Tokenizer, prompt: str, new: int, temperature: float = 0.0, seed: int = 0) -> str:
+def write(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, new: int, temperature: float = 0.0, seed: int = 0
+) -> str:
     """`prompt` continued by `new` tokens, as text."""
     device = model.embedding.weight.device
     tokens = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64).to(device)  # (1, P)

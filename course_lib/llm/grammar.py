@@ -97,7 +97,9 @@ class Grammar:
             else:
                 values = [value.strip() for value in option[2].split("|")]
                 if len(values) != len(forms):
-                    raise ValueError(f"{file}, line {number}: expected {len(forms)} values ({', '.join(forms)}), found {len(values)}")
+                    raise ValueError(
+                        f"{file}, line {number}: expected {len(forms)} values ({', '.join(forms)}), found {len(values)}"
+                    )
                 lines.append((int(option[1]), dict(zip(forms, values))))
         made = [{n: Choice(n, *map(tuple, zip(*options))) for n, options in group.items()} for group in (cast, rules)]
         grammar = cls(*made)
@@ -166,7 +168,9 @@ class Grammar:
             chunks[last] = chunks.get(last, 0) + probability
         return chunks
 
-    def _close_chunks(self, part: Part, opened: dict[str, Fraction], chunks: dict[str, Fraction]) -> dict[str, Fraction]:
+    def _close_chunks(
+        self, part: Part, opened: dict[str, Fraction], chunks: dict[str, Fraction]
+    ) -> dict[str, Fraction]:
         """Add the chunks that `part` completes after each `opened` beginning to `chunks`; return the new beginnings."""
         after: dict[str, Fraction] = {}
         if part[0] == "rule":

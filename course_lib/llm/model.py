@@ -23,7 +23,9 @@ class Cache:
     Room for `context` tokens is taken at once, as a serving system would: 2·L·B·G·context·K elements.
     """
 
-    def __init__(self, config: Config, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: Config, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         shape = (config.layers, batch, config.kv_heads, config.context, config.head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, G, context, K)
         self.values = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, G, context, K)
@@ -80,7 +82,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = None
     if 1 < T < S:  # several new tokens after cached ones: is_causal would align the triangle to the wrong corner
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # (T, S)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S and T > 1, enable_gqa=grouped)  # (B, H, T, K)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=T == S and T > 1, enable_gqa=grouped
+    )  # (B, H, T, K)
 
 
 class FeedForward(nn.Module):
@@ -130,10 +134,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Normal weights; norms stay 1. The deviations keep the residual stream near 1 and the first loss near ln V.
+        """Normal weights: a matrix of n inputs has deviation 1/√n, so that its outputs have the size of its inputs.
 
-        A matrix has 1/√(its inputs), so that its outputs have the size of its inputs; over √(2L) more where it adds to the
-        residual stream, which 2L matrices do. The embedding has 1, the unembedding 0.02; one table for both has 0.02.
+        The embedding has 1, which starts the residual stream at that size, and the unembedding 0.02, so that the first
+        loss is near ln V; one table for both has 0.02. The norms' gains stay 1.
         """
         for_both = self.unembedding.weight is self.embedding.weight
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -141,9 +145,7 @@ class Transformer(nn.Module):
             if weight.dim() < 2 or weight.is_meta:
                 continue
             deviation = weight.shape[1] ** -0.5
-            if name.endswith(("output.weight", "down.weight")):
-                deviation *= (2 * self.config.layers) ** -0.5
-            elif "embedding" in name:
+            if "embedding" in name:
                 deviation = 1.0 if name.startswith("embedding") and not for_both else 0.02
             weight.copy_(deviation * torch.randn(weight.shape, generator=generator, device="cpu"))
 

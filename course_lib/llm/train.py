@@ -6,6 +6,8 @@ Ctrl-C writes a checkpoint; the same command with --resume goes on from it.
 """
 
 import argparse
+import math
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +23,9 @@ from course_lib.llm.trainer import Settings, Step, Trainer
 __all__ = ["Settings", "Step", "Trainer", "main"]
 
 
+CONVENTION = "6N+attention causal"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that tells an error in one line."""
 
@@ -34,12 +39,22 @@ def make_parser() -> Parser:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or npu (default %(default)s)")
     parser.add_argument("--chip", help="model of the emulated npu, a name in data/chips")
     parser.add_argument("--preset", default=d.preset, help=f"{', '.join(PRESETS)} (default %(default)s)")
-    parser.add_argument("--corpus", default=d.corpus, help="stories, reference, or a UTF-8 text file (default %(default)s)")
-    parser.add_argument("--tokenizer", default=d.tokenizer, help="char, or bpe and its vocabulary size (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=d.steps, help="steps in all, with those before --resume (default %(default)s)")
+    parser.add_argument(
+        "--corpus", default=d.corpus, help="stories, reference, or a UTF-8 text file (default %(default)s)"
+    )
+    parser.add_argument(
+        "--tokenizer", default=d.tokenizer, help="char, or bpe and its vocabulary size (default %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=d.steps, help="steps in all, with those before --resume (default %(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=d.batch, help="rows in one forward pass (default %(default)s)")
-    parser.add_argument("--accumulate", type=int, default=d.accumulate, help="forward passes per step (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=d.learning_rate, help="the highest (default %(default)s)")
+    parser.add_argument(
+        "--accumulate", type=int, default=d.accumulate, help="forward passes per step (default %(default)s)"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=d.learning_rate, help="the highest (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=d.seed, help="of weights and batches (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for the checkpoint (default runs/PRESET-CORPUS)")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default %(default)s)")
@@ -55,49 +70,70 @@ def prepare(args: argparse.Namespace) -> Trainer:
     if not args.resume and (args.out / RECORD).exists():
         raise ValueError(f"{args.out} holds a checkpoint already; go on from it with --resume, or choose another --out")
     if args.resume and not (args.out / RECORD).exists():
-        raise ValueError(f"no checkpoint to resume in {args.out}; expected {args.out / RECORD}; leave out --resume to begin")
+        raise ValueError(
+            f"no checkpoint to resume in {args.out}; expected {args.out / RECORD}; leave out --resume to begin"
+        )
     fields = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if hasattr(args, name)}
     settings = Settings(**fields)
     trainer = Trainer(settings, open_device(args.device, args.chip))
     if args.resume:
         trainer.resume(args.out)
         if trainer.done >= settings.steps:
-            raise ValueError(f"the checkpoint in {args.out} has {trainer.done} steps already; expected --steps above that, found {settings.steps}")
+            raise ValueError(
+                f"the checkpoint in {args.out} has {trainer.done} steps already; expected --steps above that, found {settings.steps}"
+            )
     return trainer
 
 
 def utilisation(trainer: Trainer, history: list[Step]) -> str:
     """Throughput and MFU over these steps, with clock, convention and peak."""
     tokens, seconds = sum(step.tokens for step in history), sum(step.seconds for step in history)
-    mfu = trainer.mfu(tokens, seconds)
-    percent = "unknown, for the device tells no peak" if mfu is None else f"{mfu:.1%}"
-    return f"{tokens / seconds:,.0f} tokens/s ({clock(trainer.device)}) · MFU {percent} (6N+attention causal, float32 cube peak)"
+    mfu = trainer.mfu(tokens, seconds, CONVENTION)
+    told = "MFU unknown" if mfu is None else f"MFU {mfu:.1%} ({CONVENTION}, float32 cube peak)"
+    return f"{tokens / seconds:,.0f} tokens/s ({clock(trainer.device)}) · {told}"
+
+
+class Interrupt:
+    """Within it, the first Ctrl-C only sets `asked`, for steps in flight must end before a checkpoint; the second stops."""
+
+    def __enter__(self) -> "Interrupt":
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
 
 
 def train(trainer: Trainer, out: Path, save_every: int) -> list[Step]:
-    """Run to the last step, with a progress bar and checkpoints; also where it is interrupted."""
+    """Run to the last step or to Ctrl-C, with a progress bar and checkpoints; the last checkpoint is of the last step."""
     history: list[Step] = []
-    saved = trainer.done
-    try:
-        with tqdm(total=trainer.settings.steps, initial=trainer.done, unit="step") as bar:
-            for step in trainer.run():
-                history.append(step)
-                bar.update()
-                if step.number == trainer.done:  # the last of a group that the host has read
-                    bar.set_postfix_str(f"loss {step.loss:.3f} · {utilisation(trainer, history[-10:])}")
-                    if trainer.done - saved >= save_every:
-                        trainer.save(out)
-                        saved = trainer.done
-    finally:
-        if trainer.done > saved and history[-1].loss == history[-1].loss:  # not a checkpoint of NaN
-            trainer.save(out)
+    saved, last = trainer.done, trainer.settings.steps
+    with tqdm(total=last, initial=saved, unit="step") as bar, Interrupt() as interrupt:
+        for step in trainer.run():
+            history.append(step)
+            bar.update()
+            if step.number < trainer.done or not math.isfinite(step.loss):
+                continue  # the state is that of step trainer.done, the last of a group that the host has read
+            bar.set_postfix_str(f"loss {step.loss:.3f} · {utilisation(trainer, history[-10:])}")
+            if trainer.done - saved >= save_every or trainer.done == last or interrupt.asked:
+                trainer.save(out)
+                saved = trainer.done
+            if interrupt.asked:
+                break
     return history
 
 
 def report(trainer: Trainer, history: list[Step], out: Path) -> None:
     """Print what was reached."""
     loss, floor = trainer.validate(), trainer.floor
-    print(f"steps       {trainer.done} of {trainer.tokens_per_step:,} tokens, {trainer.model.num_parameters():,} parameters")
+    print(
+        f"steps       {trainer.done} of {trainer.tokens_per_step:,} tokens, {trainer.model.num_parameters():,} parameters"
+    )
     print(f"loss        {history[-1].loss:.3f} in training, {loss:.3f} in validation (nats per token)")
     if floor is None:
         print("floor       unknown: the entropy of this corpus is not known")
@@ -118,13 +154,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     try:
-        report(trainer, train(trainer, args.out, args.save_every), args.out)
-    except KeyboardInterrupt:
-        print(f"interrupted after {trainer.done} steps; the same command with --resume goes on from {args.out}", file=sys.stderr)
-        return 130
+        history = train(trainer, args.out, args.save_every)
     except FloatingPointError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
+    if trainer.done < trainer.settings.steps:
+        print(
+            f"interrupted after {trainer.done} steps; the same command with --resume goes on from {args.out}",
+            file=sys.stderr,
+        )
+        return 130
+    report(trainer, history, args.out)
     return 0
 
 

@@ -1,9 +1,9 @@
 """The training loop: AdamW, warm-up and cosine, clipping, gradient accumulation, and a clock on the device.
 
-    >>> trainer = Trainer(Settings(preset="micro", tokenizer="char", steps=20))
-    >>> history = list(trainer.run())
-    >>> trainer.validate() > trainer.floor
-    True
+>>> trainer = Trainer(Settings(preset="micro", tokenizer="char", steps=20))
+>>> history = list(trainer.run())
+>>> trainer.validate() > trainer.floor
+True
 """
 
 import hashlib
@@ -150,7 +150,9 @@ class Trainer:
         corpus.check_length(f"{self.corpus.name}, validation part", tokens, 0)
         inputs, targets = corpus.rows(tokens, self.config.context, self.end)  # (rows, T) each
         total, count = 0.0, 0
-        for x, y in zip(inputs[:VALIDATION_ROWS].split(self.settings.batch), targets[:VALIDATION_ROWS].split(self.settings.batch)):
+        for x, y in zip(
+            inputs[:VALIDATION_ROWS].split(self.settings.batch), targets[:VALIDATION_ROWS].split(self.settings.batch)
+        ):
             counted = int((y != corpus.IGNORE).sum())
             total += counted * self.model(x.to(self.device), y.to(self.device)).item()  # (B, T) each to a scalar
             count += counted
@@ -195,6 +197,10 @@ def agree(folder: Path, old: dict, new: dict) -> None:
     for part in ("settings", "config"):
         for key, value in new[part].items():
             if key != "steps" and old[part].get(key) != value:
-                raise ValueError(f"the checkpoint in {folder} has {key} {old[part].get(key)}, this run {value}; give the same, or another --out")
+                raise ValueError(
+                    f"the checkpoint in {folder} has {key} {old[part].get(key)}, this run {value}; give the same, or another --out"
+                )
     if old["corpus_sha256"] != new["corpus_sha256"]:
-        raise ValueError(f"the checkpoint in {folder} was trained on another text of the corpus {new['settings']['corpus']}; give the same")
+        raise ValueError(
+            f"the checkpoint in {folder} was trained on another text of the corpus {new['settings']['corpus']}; give the same"
+        )

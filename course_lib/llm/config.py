@@ -35,9 +35,9 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, int | bool]] = {
-    "micro": dict(context=64, width=32, layers=2, heads=2, kv_heads=1, feed_forward=96, tied=True),
-    "tiny": dict(context=128, width=128, layers=4, heads=4, kv_heads=2, feed_forward=352, tied=False),
-    "small": dict(context=256, width=256, layers=6, heads=8, kv_heads=4, feed_forward=704, tied=False),
+    "micro": {"context": 64, "width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "feed_forward": 96, "tied": True},
+    "tiny": {"context": 128, "width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "feed_forward": 352, "tied": False},
+    "small": {"context": 256, "width": 256, "layers": 6, "heads": 8, "kv_heads": 4, "feed_forward": 704, "tied": False},
 }
 
 

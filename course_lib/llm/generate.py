@@ -2,11 +2,19 @@
 
 Without a cache each step runs the whole text again: T steps cost about T²/2 tokens of arithmetic. With one, a prefill
 reads the prompt and each decode step then runs a single token, but reads all weights and all cached keys and values for it.
+
+    python -m course_lib.llm.generate runs/tiny-stories --prompt "Once upon a time"
 """
+
+import argparse
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from course_lib.llm import checkpoint, tokenizer
+from course_lib.llm.config import Config
 from course_lib.llm.model import Cache, Transformer
 from course_lib.llm.tokenizer import Tokenizer
 
@@ -66,10 +74,37 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, generator: tor
     return torch.multinomial(scaled.softmax(-1), 1, generator=generator).to(logits.device)  # (B, 1)
 
 
-def write(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, new: int, temperature: float = 0.0, seed: int = 0
-) -> str:
+def write(model: Transformer, words: Tokenizer, prompt: str, new: int, temperature: float = 0.0, seed: int = 0) -> str:
     """`prompt` continued by `new` tokens, as text."""
     device = model.embedding.weight.device
-    tokens = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64).to(device)  # (1, P)
-    return tokenizer.decode(generate(model, tokens, new, temperature, seed=seed)[0].tolist())
+    tokens = torch.tensor([words.encode(prompt)], dtype=torch.int64).to(device)  # (1, P)
+    return words.decode(generate(model, tokens, new, temperature, seed=seed)[0].tolist())
+
+
+def restore(folder: Path) -> tuple[Transformer, Tokenizer]:
+    """Model, on the CPU, and tokenizer of the training run in `folder`; ValueError if there is none."""
+    record, tensors = checkpoint.load(folder)
+    model = Transformer(Config(**record["config"]))
+    checkpoint.unpack(tensors, model)
+    return model, tokenizer.load(Path(folder) / "tokenizer.json")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print text by a trained model; 2 and one line where an argument is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m course_lib.llm.generate", description="Continue a text.")
+    parser.add_argument("folder", type=Path, help="where training wrote its checkpoint")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: the beginning of a story)")
+    parser.add_argument("--tokens", type=int, default=100, help="new tokens (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    try:
+        model, words = restore(args.folder)
+        print(write(model, words, args.prompt, args.tokens, args.temperature, args.seed).strip())
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

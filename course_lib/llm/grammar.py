@@ -14,11 +14,11 @@ number of nats per story that any model of it can reach on average. Were it ambi
 import math
 import random
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Callable, Iterator
 
 SLOT = re.compile(r"\{([a-z]+)(?:\.([a-z]+)(\+?))?\}")  # {rule}, {cast.form} or {cast.form+} with a capital
 Part = tuple[str, ...]  # ("text", words) · ("rule", name) · ("cast", name, form, "" or "+")

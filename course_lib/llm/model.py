@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(H * K, D, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None = None) -> Tensor:
-        B, T, D = x.shape
+        B, T = x.shape[:2]
         H, G, K = self.config.heads, self.config.kv_heads, self.config.head_width
         q = rotate(self.query(x).view(B, T, H, K).transpose(1, 2), cos, sin)  # (B, H, T, K)
         k = rotate(self.key(x).view(B, T, G, K).transpose(1, 2), cos, sin)  # (B, G, T, K)

@@ -90,7 +90,7 @@ def load(file: Path) -> Tokenizer:
         if record["kind"] == "char":
             return CharTokenizer(record["characters"])
         return BPETokenizer(tokenizers.Tokenizer.from_str(json.dumps(record["tokenizer"])), record["name"])
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:  # noqa: BLE001, for the library raises plain Exception
         raise ValueError(f"{file}: expected a tokenizer saved by course_lib.llm.tokenizer ({error})") from None
 
 

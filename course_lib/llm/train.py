@@ -10,7 +10,7 @@ import math
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import torch
 from tqdm import tqdm
@@ -96,7 +96,7 @@ def utilisation(trainer: Trainer, history: list[Step]) -> str:
 class Interrupt:
     """Within it, the first Ctrl-C only sets `asked`, for steps in flight must end before a checkpoint; the second stops."""
 
-    def __enter__(self) -> "Interrupt":
+    def __enter__(self) -> Self:
         self.asked = False
         self.before = signal.signal(signal.SIGINT, self.ask)
         return self

@@ -8,9 +8,10 @@ True
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -90,6 +91,10 @@ class Trainer:
         self.end = self.corpus.end(self.tokenizer)
         train = self.corpus.tokens("train", self.tokenizer)
         self.batches = Batches(self.corpus.name, train, self.config.context, settings.batch, settings.seed, self.end)
+        held = self.corpus.tokens("validation", self.tokenizer)
+        if len(held) < 2:
+            raise ValueError(f"{self.corpus.name}: is too short to hold back a twentieth for validation; use more text")
+        self.validation = corpus.rows(held, self.config.context, self.end)  # inputs, targets (rows, T)
         self.model = Transformer(self.config, settings.seed).to(self.device)
         self.optimizer = make_optimizer(self.model, settings)
         self.losses: list[float] = []  # of all steps so far, in nats per token
@@ -136,7 +141,7 @@ class Trainer:
             for number in numbers:
                 losses.append(self.step(number))
                 marks.append(mark(self.device))
-            seconds = [seconds_between(a, b) for a, b in zip(marks, marks[1:])]
+            seconds = [seconds_between(a, b) for a, b in pairwise(marks)]
             group = [Step(n, loss.item(), self.tokens_per_step, s) for n, loss, s in zip(numbers, losses, seconds)]
             self.losses += [step.loss for step in group]
             yield from group
@@ -146,13 +151,9 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over the validation text in nats per token; whole stories count, so the floor is its floor."""
-        tokens = self.corpus.tokens("validation", self.tokenizer)
-        corpus.check_length(f"{self.corpus.name}, validation part", tokens, 0)
-        inputs, targets = corpus.rows(tokens, self.config.context, self.end)  # (rows, T) each
+        inputs, targets = (part[:VALIDATION_ROWS].split(self.settings.batch) for part in self.validation)  # (B, T) each
         total, count = 0.0, 0
-        for x, y in zip(
-            inputs[:VALIDATION_ROWS].split(self.settings.batch), targets[:VALIDATION_ROWS].split(self.settings.batch)
-        ):
+        for x, y in zip(inputs, targets):
             counted = int((y != corpus.IGNORE).sum())
             total += counted * self.model(x.to(self.device), y.to(self.device)).item()  # (B, T) each to a scalar
             count += counted
@@ -196,11 +197,11 @@ def agree(folder: Path, old: dict, new: dict) -> None:
     """ValueError naming the first thing in which a checkpoint's record differs from the present run's."""
     for part in ("settings", "config"):
         for key, value in new[part].items():
-            if key != "steps" and old[part].get(key) != value:
+            if key != "steps" and old.get(part, {}).get(key) != value:
                 raise ValueError(
-                    f"the checkpoint in {folder} has {key} {old[part].get(key)}, this run {value}; give the same, or another --out"
+                    f"the checkpoint in {folder} has {key} {old.get(part, {}).get(key)}, this run {value}; give the same, or another --out"
                 )
-    if old["corpus_sha256"] != new["corpus_sha256"]:
+    if old.get("corpus_sha256") != new["corpus_sha256"]:
         raise ValueError(
             f"the checkpoint in {folder} was trained on another text of the corpus {new['settings']['corpus']}; give the same"
         )

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from course_lib.llm import tokenizer
+from course_lib.llm import corpus, tokenizer
 from course_lib.llm.config import preset
-from course_lib.llm.generate import choose, generate, write
+from course_lib.llm.generate import choose, generate, main, restore, write
 from course_lib.llm.model import Transformer
+from course_lib.llm.trainer import Settings, Trainer
 
 PROMPT = torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6], [1, 1, 1, 1]])
 
@@ -65,3 +66,21 @@ def test_write_continues_text(model):
     assert letters.size == 50
     text = write(model, letters, "abc", 10)
     assert text.startswith("abc") and len(text) == 13
+
+
+def test_text_from_a_checkpoint(tmp_path, capsys):
+    run = Trainer(Settings(preset="micro", tokenizer="bpe300", steps=2), text=corpus.stories(100))
+    list(run.run())
+    run.save(tmp_path)
+    restored, words = restore(tmp_path)
+    assert restored(PROMPT).equal(run.model(PROMPT)) and words.encode("Once") == run.tokenizer.encode("Once")
+    assert main([str(tmp_path), "--prompt", "Once", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out == write(run.model, run.tokenizer, "Once", 5, 0.8).strip() + "\n"
+    for arguments, message in [
+        (["nowhere"], "no checkpoint in nowhere"),
+        ([str(tmp_path), "--tokens", "99"], "exceed the context of 64"),
+    ]:
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        error = capsys.readouterr().err
+        assert left.value.code == 2 and error.count("\n") == 1 and message in error

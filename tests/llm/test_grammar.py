@@ -90,7 +90,7 @@ def test_each_story_has_one_derivation_with_its_probability(small):
 @pytest.mark.parametrize("pattern", [r"(?s).", r" ?\S+|\n", r" ?\w+|\W", r" ?\w{1,3}|\W"])
 def test_expected_tokens_by_enumeration(small, pattern):
     """For tokens that do not reach across the beginning of a word: letters, words, words and marks, threes of letters."""
-    count = lambda text: len(re.findall(pattern, text))  # noqa: E731
+    count = lambda text: len(re.findall(pattern, text))
     assert small.expected_tokens(count) == sum(p * count(text + "\n") for text, p in enumerate_stories(small).items())
 
 

@@ -21,7 +21,7 @@ def tokens(batch: int = 2, length: int = 20) -> torch.Tensor:
 
 def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(QKᵀ/√K) V with later keys left out, head by head, each query head with the keys of its group."""
-    B, H, T, K = q.shape
+    _, H, T, K = q.shape
     S, share = k.shape[2], H // k.shape[1]
     out = torch.empty_like(q)
     for head in range(H):

@@ -106,3 +106,5 @@ def test_bad_settings(name):
 def test_a_text_too_short():
     with pytest.raises(ValueError, match="mine: is too short: .* expected at least 66 for a context of 64"):
         Trainer(Settings(**MICRO), text=corpus.split("mine", "short text"))
+    with pytest.raises(ValueError, match="mine: is too short to hold back a twentieth for validation; use more text"):
+        Trainer(Settings(**MICRO), text=corpus.Corpus("mine", "long text " * 90, "x"))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import backend_registration
 
-from course_lib.npu import backward, ops, runtime, transfer
+from course_lib.npu import backward, linear, ops, runtime, transfer
 from course_lib.npu.memory import format_size
 from course_lib.npu.streams import Event, Stream, _index, current_stream, default_stream, set_stream, stream
 from course_lib.npu.tensor import NpuTensor

@@ -95,6 +95,7 @@ class Ledger:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.memory: list[MemoryChange] = []
+        self._unsorted: list[runtime.Held] = []
         self._began = self._ended = 0
 
     def __enter__(self) -> "Ledger":
@@ -133,12 +134,16 @@ class Ledger:
 
     def record(self, op: str, tensors: list[torch.Tensor], device: runtime.Device, stream: Timeline, start: int, price: Cost) -> None:
         phase, module = where.now(tensors)
-        shapes = tuple([tuple(t.shape) for t in tensors])
+        shapes = tuple([t.shape for t in tensors])
+        if self._unsorted:
+            for held in self._unsorted:
+                held.category = held.category or category_of(phase)
+            self._unsorted.clear()
         self.records.append(Record(op, phase, module, shapes, device.index, stream.id, stream.host.now, start, price))
 
     def memory_changed(self, held: runtime.Held, change: int) -> None:
         if change > 0 and held.category is None:
-            held.category = category_of(where.now([])[0])
+            self._unsorted.append(held)  # the operator that took it is recorded next, with its phase
         if change:
             self.memory.append(MemoryChange(runtime.host.now, change, held, held.index))
 

@@ -3,6 +3,7 @@
 * ``F.scaled_dot_product_attention`` is flash attention: its memory grows with T, not T², and nothing is
   computed above the diagonal.
 * ``F.rms_norm`` is one kernel forward and one backward, ``npu_rms_norm`` on a real NPU.
+* ``F.linear`` stays whole, see linear.py.
 * SiLU's backward is one kernel; without a word from the device PyTorch would take it apart.
 """
 
@@ -60,7 +61,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, normalized_shape: list[int], inve
 
 KERNELS = {aten._fused_rms_norm.default: rms_norm_forward, aten._fused_rms_norm_backward.default: rms_norm_backward}
 # Operators that PyTorch takes apart unless the device has a kernel of its own
-WHOLE = (aten.silu_backward.default, aten.mish_backward.default, aten.native_channel_shuffle.default, aten._fused_rms_norm.default)
+WHOLE = (aten.linear.default, aten.silu_backward.default, aten.mish_backward.default, aten.native_channel_shuffle.default, aten._fused_rms_norm.default)
 
 
 def register(explicit) -> list[torch.library.Library]:

@@ -26,7 +26,7 @@ def chrome_trace(ledger: Ledger) -> dict[str, Any]:
 def _operator(number: int, r: Record, began: int) -> list[dict]:
     """The operator on its stream, its launch on the host, and the arrow between them."""
     start, launched = (r.start - began) / PS_PER_US, (r.launched - began) / PS_PER_US
-    about = {"phase": r.phase, "module": r.module, "shapes": str(list(r.shapes)), "bound": r.cost.bound,
+    about = {"phase": r.phase, "module": r.module, "shapes": str([tuple(s) for s in r.shapes]), "bound": r.cost.bound,
              "cube_flops": r.cost.cube_flops, "vector_flops": r.cost.vector_flops, "bytes": r.cost.bytes}  # fmt: skip
     flow = {"cat": "launch", "name": "launch", "id": number}
     return [

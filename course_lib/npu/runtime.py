@@ -7,6 +7,7 @@ means), ``ledgers`` (those that listen), and ``live`` (each device storage and t
 
 import os
 import weakref
+from collections.abc import Callable
 
 import torch
 
@@ -45,12 +46,12 @@ class Held(weakref.ref):
 
     __slots__ = ("key", "block", "index", "device", "category")
 
-    def __new__(cls, storage: torch.UntypedStorage, block: Block, index: int) -> "Held":
-        return super().__new__(cls, storage, _release)
+    def __new__(cls, storage: torch.UntypedStorage, release: Callable, *rest: object) -> "Held":
+        return super().__new__(cls, storage, release)
 
-    def __init__(self, storage: torch.UntypedStorage, block: Block, index: int) -> None:
-        super().__init__(storage, _release)
-        self.key, self.block, self.index, self.device = storage._cdata, block, index, devices[index].torch_device
+    def __init__(self, storage: torch.UntypedStorage, release: Callable, key: int, block: Block, index: int) -> None:
+        super().__init__(storage, release)
+        self.key, self.block, self.index, self.device = key, block, index, devices[index].torch_device
         self.category: str | None = None  # "weights", "activations", …: see where.py
 
 
@@ -75,10 +76,11 @@ class NpuStorage(torch.UntypedStorage):
 
 def hold(storage: torch.UntypedStorage, index: int) -> Held:
     """The device memory of ``storage``, taken now if it is new; raises torch.OutOfMemoryError."""
-    held = live.get(storage._cdata)
+    key = storage._cdata
+    held = live.get(key)
     if held is None:
         block = devices[index].memory.allocate(storage.nbytes())
-        held = live[storage._cdata] = Held(storage, block, index)
+        held = live[key] = Held(storage, _release, key, block, index)
         storage.__class__ = NpuStorage
         for ledger in ledgers:
             ledger.memory_changed(held, block.size)

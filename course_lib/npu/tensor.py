@@ -11,11 +11,12 @@ Views cost nothing. Copies between host and device, and operators whose result t
 (``.item()``, ``nonzero``), make the host wait; they have their own rules in ``transfer.py``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from course_lib.chip.cost import Cost, cost
+from course_lib.chip.cost import Cost, Work, cost
 from course_lib.npu import backward, ops, runtime
 from course_lib.npu.work import base_name, tensors_in, work
 
@@ -295,17 +296,26 @@ def adopt(t: NpuTensor, inner: torch.Tensor) -> None:
 
 def _price(info: Info, device: runtime.Device, seen: list[NpuTensor], keys: tuple, args: list, kwargs: dict, result: Any) -> Cost:
     """The operator's cost, remembered by operator, shapes, dtypes and which arguments share a storage."""
-    if info.needs_arguments:
-        return _reckon(info, device, args, kwargs, result)
+
+    def reckon() -> Work:
+        outs = tensors_in(result) or [t for name in info.outs for t in tensors_in(kwargs[name])]
+        return work(info.func, tuple(args), kwargs, outs)
+
     blocks = [t._held for t in seen]
     shared = tuple(map(blocks.index, blocks)) if len(blocks) > 1 else None
-    key = (info.func, tuple([t._key for t in seen]), keys, shared)
+    numbers = _numbers(args, kwargs) if info.needs_arguments else None
+    return price_of(device, (info, tuple([t._key for t in seen]), keys, shared, numbers), reckon)
+
+
+def _numbers(args: list, kwargs: dict) -> tuple:
+    """Arguments other than tensors, to be remembered with the shapes where the cost depends on them."""
+    values = [tuple(a) if isinstance(a, list) else a for a in (*args, *kwargs.values())]
+    return tuple(v for v in values if isinstance(v, (bool, int, float, tuple)))
+
+
+def price_of(device: runtime.Device, key: tuple, reckon: Callable[[], Work]) -> Cost:
+    """The cost known under ``key``, or that of the work that ``reckon`` gives."""
     found = device.costs.get(key)
     if found is None:
-        found = device.costs[key] = _reckon(info, device, args, kwargs, result)
+        found = device.costs[key] = cost(device.spec, reckon())
     return found
-
-
-def _reckon(info: Info, device: runtime.Device, args: list, kwargs: dict, result: Any) -> Cost:
-    outs = tensors_in(result) or [t for name in info.outs for t in tensors_in(kwargs[name])]
-    return cost(device.spec, work(info.func, tuple(args), kwargs, outs))

@@ -134,7 +134,13 @@ def _mm(a: torch.Tensor, b: torch.Tensor) -> Matmul:
     return Matmul(batch, a.shape[-2], a.shape[-1], b.shape[-1], dtype_name(a.dtype))
 
 
+def _linear(a: tuple) -> list[Matmul]:
+    """(…, K) × (N, K)ᵀ."""
+    return [Matmul(1, math.prod(a[0].shape[:-1]), a[0].shape[-1], a[1].shape[0], dtype_name(a[0].dtype))]
+
+
 _MATMULS = {
+    "linear": _linear,
     "mm": lambda a: [_mm(a[0], a[1])],
     "bmm": lambda a: [_mm(a[0], a[1])],
     "addmm": lambda a: [_mm(a[1], a[2])],
@@ -149,7 +155,8 @@ _MATMULS = {
 
 def _matmul_work(name: str, args: tuple, outs: list, reads: list, writes: list) -> Work:
     """The product, and one vector operation per result where something is added to it."""
-    adds = outs[0].numel() if name.startswith("add") or name.startswith("badd") else 0
+    biased = name == "linear" and len(args) > 2 and args[2] is not None
+    adds = outs[0].numel() if biased or name.startswith(("add", "badd")) else 0
     return Work(
         matmuls=tuple(_MATMULS[name](args)), vector_flops=adds, vector_dtype=dtype_name(outs[0].dtype),
         bytes_read=distinct(reads), bytes_written=distinct(writes),

@@ -1,7 +1,7 @@
-"""Checkpoints: tensors in safetensors, the rest in a small JSON, so that a resumed run repeats the straight one to the bit.
+"""Checkpoints: tensors in safetensors, the rest in a small JSON. A resumed run repeats the straight one to the bit.
 
-`checkpoint.json` is the commit. It names the tensors' file and is replaced last, by one atomic `os.replace`; only then is
-the file of the checkpoint before removed. A write that is cut off at any point leaves the old checkpoint whole.
+`checkpoint.json` is the commit. It names the tensors' file and is replaced last, by one atomic `os.replace`; only then
+is the file of the checkpoint before removed. A write that is cut off at any point leaves the old checkpoint whole.
 """
 
 import json

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, int | bool]] = {
 
 
 def preset(name: str, vocab_size: int) -> Config:
-    """The configuration called `name`, for a tokenizer of `vocab_size` tokens; ValueError names the presets there are."""
+    """The configuration called `name`, for `vocab_size` tokens; ValueError names the presets there are."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     return Config(vocab_size=vocab_size, **PRESETS[name])

@@ -4,7 +4,7 @@
     reference    the Python language reference inside CPython (pydoc_data.topics); it differs between Python versions
     <file>       any UTF-8 text
 
-A training curve on `stories` has a floor to approach: no model can have a lower expected loss than the entropy per token.
+A training curve on `stories` has a floor to approach: no model can have a lower loss than the entropy, on average.
 """
 
 import math
@@ -34,7 +34,7 @@ class Corpus:
     grammar: Grammar | None = None
 
     def entropy_per_token(self, tokenizer: Tokenizer) -> float | None:
-        """The floor of the loss in nats per token: H(story) / E[tokens per story], exact up to rounding; None if unknown.
+        """The floor of the loss in nats per token: H(story) / E[tokens per story], but for rounding; None if unknown.
 
         By the law of large numbers no model's loss per token over whole stories can stay below it.
         """

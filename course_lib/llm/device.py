@@ -14,7 +14,7 @@ import torch
 def open_device(name: str, chip: str | None = None) -> torch.device:
     """The device called `name`: "cpu", "cuda", "npu" or one of those with an index, as "npu:0".
 
-    For "npu" a real torch_npu is used where it has been imported; else the emulated chip, of which `chip` names the model.
+    For "npu" a real torch_npu is used where it has been imported; else an emulated chip, the one that `chip` names.
     ValueError where there is no such device, or where `chip` is named for another device.
     """
     kind = name.split(":")[0]
@@ -49,7 +49,7 @@ def seconds_between(start: Any, stop: Any) -> float:
 
 
 def peak_flops(device: torch.device, dtype: str = "float32") -> float | None:
-    """FLOP/s of the cube (matrix unit) for `dtype`, as the device's properties give it in `peak_flops`; None if unknown."""
+    """FLOP/s of the cube (matrix unit) for `dtype`, from `peak_flops` of the device's properties; None if unknown."""
     if device.type == "cpu":
         return None
     properties = torch.get_device_module(device).get_device_properties(device)

@@ -1,7 +1,7 @@
 """Text from the model, one token at a time: greedy, by temperature, among the k likeliest; with and without a KV cache.
 
 Without a cache each step runs the whole text again: T steps cost about T²/2 tokens of arithmetic. With one, a prefill
-reads the prompt and each decode step then runs a single token, but reads all weights and all cached keys and values for it.
+reads the prompt, and each decode step then runs a single token, but moves all weights and all cached keys and values.
 
     python -m course_lib.llm.generate runs/tiny-stories --prompt "Once upon a time"
 """

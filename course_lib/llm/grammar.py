@@ -6,9 +6,9 @@ the *draws* is a plain sum, by the chain rule:
 
     H = Σ over lists  E[draws from the list per story] · H(one draw),     H(weights w, sum W) = ln W − Σ w ln w / W.
 
-The grammar is **unambiguous**: no two sequences of draws make the same text (`ambiguity` proves it by walking all pairs of
-derivations side by side). Then text and draws determine each other, and H is also the entropy of the *text*, the least
-number of nats per story that any model of it can reach on average. Were it ambiguous, H would be too large a floor.
+The grammar is **unambiguous**: no two sequences of draws make the same text (`ambiguity` proves it by walking all pairs
+of derivations side by side). Then text and draws determine each other, and H is also the entropy of the *text*, the
+least number of nats per story that any model of it can reach on average. Were it ambiguous, H would be too large a floor.
 """
 
 import math
@@ -127,7 +127,7 @@ class Grammar:
 
     @cached_property
     def uses(self) -> dict[str, Fraction]:
-        """Expected draws from each list per story: 1 for the cast, and for a rule the sum over the lines that mention it."""
+        """Expected draws from each list per story: 1 for the cast; for a rule, the sum over the lines that mention it."""
         uses = {name: Fraction(1) for name in self.cast} | {name: Fraction(0) for name in self.rules}
         self._add_uses("story", Fraction(1), uses)
         return uses

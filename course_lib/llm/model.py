@@ -18,7 +18,7 @@ CONVENTIONS = ("6N", "6N+attention causal", "6N+attention full")
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, so that decoding one more token reads them instead of recomputing them.
+    """Keys and values of the tokens seen so far: decoding one more token reads them instead of recomputing them.
 
     Room for `context` tokens is taken at once, as a serving system would: 2·L·B·G·context·K elements.
     """

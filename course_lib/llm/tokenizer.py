@@ -1,8 +1,8 @@
-"""Text to token numbers and back: one token per character, or byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909).
+"""Text to token numbers and back: a token per character, or byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909).
 
-Both are deterministic, and decode(encode(text)) == text. The byte-pair encoding starts from the 256 bytes, so it knows any
-text, and it never joins letters across the beginning of a word (the pre-tokenizer of GPT-2), so that the number of tokens
-of a text is the sum over its words.
+Both are deterministic, and decode(encode(text)) == text. The byte-pair encoding starts from the 256 bytes, so it knows
+any text, and it never joins letters across the beginning of a word (the pre-tokenizer of GPT-2), so that the number of
+tokens of a text is the sum over its words.
 
     >>> tokenizer = train("bpe300", "a dog and a cat and a dog")
     >>> tokenizer.decode(tokenizer.encode("a big dog"))

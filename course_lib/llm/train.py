@@ -80,7 +80,8 @@ def prepare(args: argparse.Namespace) -> Trainer:
         trainer.resume(args.out)
         if trainer.done >= settings.steps:
             raise ValueError(
-                f"the checkpoint in {args.out} has {trainer.done} steps already; expected --steps above that, found {settings.steps}"
+                f"the checkpoint in {args.out} has {trainer.done} steps already; expected --steps above that,"
+                f" found {settings.steps}"
             )
     return trainer
 
@@ -94,7 +95,7 @@ def utilisation(trainer: Trainer, history: list[Step]) -> str:
 
 
 class Interrupt:
-    """Within it, the first Ctrl-C only sets `asked`, for steps in flight must end before a checkpoint; the second stops."""
+    """Within it the first Ctrl-C only sets `asked`, for steps in flight must end before a checkpoint. The second stops."""
 
     def __enter__(self) -> Self:
         self.asked = False
@@ -110,7 +111,7 @@ class Interrupt:
 
 
 def train(trainer: Trainer, out: Path, save_every: int) -> list[Step]:
-    """Run to the last step or to Ctrl-C, with a progress bar and checkpoints; the last checkpoint is of the last step."""
+    """Run to the last step or to Ctrl-C, with a progress bar; the last checkpoint is of the last step made."""
     history: list[Step] = []
     saved, last = trainer.done, trainer.settings.steps
     with tqdm(total=last, initial=saved, unit="step") as bar, Interrupt() as interrupt:
@@ -132,7 +133,8 @@ def report(trainer: Trainer, history: list[Step], out: Path) -> None:
     """Print what was reached."""
     loss, floor = trainer.validate(), trainer.floor
     print(
-        f"steps       {trainer.done} of {trainer.tokens_per_step:,} tokens, {trainer.model.num_parameters():,} parameters"
+        f"steps       {trainer.done} of {trainer.tokens_per_step:,} tokens, "
+        f"{trainer.model.num_parameters():,} parameters"
     )
     print(f"loss        {history[-1].loss:.3f} in training, {loss:.3f} in validation (nats per token)")
     if floor is None:

@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its number from 1, mean training loss in nats per token, tokens, and seconds on the device."""
+    """One optimizer step: number from 1, mean training loss in nats per token, tokens, seconds on the device."""
 
     number: int
     loss: float
@@ -60,7 +60,7 @@ class Step:
 
 
 def rate(step: int, settings: Settings) -> float:
-    """Learning rate of step 1, 2, …: linear from 0 in `warmup` steps, then a half cosine down to a tenth at the last."""
+    """Learning rate of step 1, 2, …: linear from 0 in `warmup` steps, then half a cosine down to a tenth at the last."""
     top, warmup = settings.learning_rate, min(settings.warmup, settings.steps)
     if step <= warmup:
         return top * step / warmup
@@ -169,7 +169,7 @@ class Trainer:
         return text.split(END)[1] if self.corpus.grammar else text
 
     def mfu(self, tokens: int, seconds: float, convention: str = "6N+attention causal") -> float | None:
-        """Model FLOPs utilisation, 0 to 1: by `convention`, over the float32 peak of the cube; None if that is unknown."""
+        """Model FLOPs utilisation, 0 to 1, by `convention` over the float32 peak of the cube; None if that is unknown."""
         peak = peak_flops(self.device)
         return None if peak is None else tokens * self.model.flops_per_token(convention) / (seconds * peak)
 
@@ -197,11 +197,11 @@ def agree(folder: Path, old: dict, new: dict) -> None:
     """ValueError naming the first thing in which a checkpoint's record differs from the present run's."""
     for part in ("settings", "config"):
         for key, value in new[part].items():
-            if key != "steps" and old.get(part, {}).get(key) != value:
+            found = old.get(part, {}).get(key)
+            if key != "steps" and found != value:
                 raise ValueError(
-                    f"the checkpoint in {folder} has {key} {old.get(part, {}).get(key)}, this run {value}; give the same, or another --out"
+                    f"the checkpoint in {folder} has {key} {found}, this run {value}; give the same, or another --out"
                 )
     if old.get("corpus_sha256") != new["corpus_sha256"]:
-        raise ValueError(
-            f"the checkpoint in {folder} was trained on another text of the corpus {new['settings']['corpus']}; give the same"
-        )
+        name = new["settings"]["corpus"]
+        raise ValueError(f"the checkpoint in {folder} was trained on another text of the corpus {name}; give the same")

@@ -1,4 +1,4 @@
-"""The entropy of the grammar, three ways: the sum over draws, all stories of a small grammar, and a Monte-Carlo mean."""
+"""The entropy of the grammar, three ways: the sum over draws, all stories of a small one, and a Monte-Carlo mean."""
 
 import math
 import random
@@ -89,7 +89,7 @@ def test_each_story_has_one_derivation_with_its_probability(small):
 
 @pytest.mark.parametrize("pattern", [r"(?s).", r" ?\S+|\n", r" ?\w+|\W", r" ?\w{1,3}|\W"])
 def test_expected_tokens_by_enumeration(small, pattern):
-    """For tokens that do not reach across the beginning of a word: letters, words, words and marks, threes of letters."""
+    """For tokens that do not reach across the beginning of a word: letters, words, marks, threes of letters."""
     count = lambda text: len(re.findall(pattern, text))
     assert small.expected_tokens(count) == sum(p * count(text + "\n") for text, p in enumerate_stories(small).items())
 

@@ -123,7 +123,8 @@ def test_first_loss_is_near_ln_v_for_each_preset():
 def test_same_seed_same_weights_in_another_process_and_for_another_default_device():
     code = (
         "import torch; from course_lib.llm.model import Transformer; from course_lib.llm.config import preset\n"
-        "torch.manual_seed(7); print(Transformer(preset('micro', 50), 3).blocks[1].feed_forward.down.weight.sum().item().hex())"
+        "torch.manual_seed(7); m = Transformer(preset('micro', 50), 3)\n"
+        "print(m.blocks[1].feed_forward.down.weight.sum().item().hex())"
     )
     there = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ

@@ -99,7 +99,7 @@ def test_an_old_checkpoint_is_not_overwritten_and_a_finished_run_not_resumed(tmp
 
 
 def test_interrupt_saves_and_resumes_to_the_bit(tmp_path, story_file, monkeypatch, capsys):
-    """Ctrl-C in step 8 waits for the group of steps in flight, so that weights and step count of the checkpoint agree."""
+    """Ctrl-C in step 8 waits for the steps in flight, so that weights and step count of the checkpoint agree."""
     common = [*QUICK, "--corpus", story_file, "--steps", "16"]
     assert train.main([*common, "--out", str(tmp_path / "straight")]) == 0
     step, grouped = Trainer.step, Trainer.run
@@ -139,3 +139,15 @@ def test_the_peak_is_what_the_device_tells_or_unknown(monkeypatch):
         monkeypatch.setattr(device.torch, "get_device_module", lambda d, module=module: module)
         assert device.peak_flops(npu) == peak
     assert device.peak_flops(torch.device("cpu")) is None
+
+
+def test_the_emulated_npu_learns_the_same_and_tells_its_utilisation(tmp_path, story_file):
+    """The same weights, batches and losses as on the cpu."""
+    common = [*QUICK, "--corpus", story_file, "--steps", "12", "--out"]
+    assert train.main([*common, str(tmp_path / "cpu")]) == 0
+    done = run(*common, str(tmp_path / "npu"), "--device", "npu", "--chip", "mini")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s (npu events) · MFU " in done.stdout
+    assert "% (6N+attention causal, float32 cube peak)" in done.stdout
+    losses = [json.loads((tmp_path / out / "checkpoint.json").read_text())["losses"] for out in ("cpu", "npu")]
+    assert losses[1] == pytest.approx(losses[0], abs=5e-4)

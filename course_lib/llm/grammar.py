@@ -8,7 +8,7 @@ the *draws* is a plain sum, by the chain rule:
 
 The grammar is **unambiguous**: no two sequences of draws make the same text (`ambiguity` proves it by walking all pairs
 of derivations side by side). Then text and draws determine each other, and H is also the entropy of the *text*, the
-least number of nats per story that any model of it can reach on average. Were it ambiguous, H would be too large a floor.
+least nats per story that any model of it can reach on average. Were it ambiguous, H would be too large a floor.
 """
 
 import math
@@ -127,7 +127,7 @@ class Grammar:
 
     @cached_property
     def uses(self) -> dict[str, Fraction]:
-        """Expected draws from each list per story: 1 for the cast; for a rule, the sum over the lines that mention it."""
+        """Expected draws from each list per story: 1 for the cast; for a rule, summed over what mentions it."""
         uses = {name: Fraction(1) for name in self.cast} | {name: Fraction(0) for name in self.rules}
         self._add_uses("story", Fraction(1), uses)
         return uses
@@ -227,8 +227,8 @@ class Grammar:
         """Why the grammar may be ambiguous, or None if it is proved not to be.
 
         Two derivations of one text would start together, part at some draw, spell the same letters, and come together
-        again, at the end of the story at the latest. So all pairs that have parted and spell the same are followed; none
-        may come together. Each mention of the cast counts as free here, which only adds derivations; that the draw of
+        again, at the end of the story at the latest. So all pairs that have parted and spell the same are followed;
+        none may come together. Each mention of the cast counts as free here, which only adds derivations; that the draw of
         the cast itself is known needs its first form, different in each line, in every story.
         """
         for name, choice in self.cast.items():

@@ -1,4 +1,4 @@
-"""Text to token numbers and back: a token per character, or byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909).
+"""Text to token numbers and back: one per character, or byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909).
 
 Both are deterministic, and decode(encode(text)) == text. The byte-pair encoding starts from the 256 bytes, so it knows
 any text, and it never joins letters across the beginning of a word (the pre-tokenizer of GPT-2), so that the number of

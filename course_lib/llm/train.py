@@ -95,7 +95,7 @@ def utilisation(trainer: Trainer, history: list[Step]) -> str:
 
 
 class Interrupt:
-    """Within it the first Ctrl-C only sets `asked`, for steps in flight must end before a checkpoint. The second stops."""
+    """Within it the first Ctrl-C only sets `asked`, as steps in flight end before a checkpoint. The second stops."""
 
     def __enter__(self) -> Self:
         self.asked = False

@@ -60,7 +60,7 @@ class Step:
 
 
 def rate(step: int, settings: Settings) -> float:
-    """Learning rate of step 1, 2, …: linear from 0 in `warmup` steps, then half a cosine down to a tenth at the last."""
+    """Learning rate of step 1, 2, …: linear from 0 in `warmup` steps, then half a cosine down to a tenth."""
     top, warmup = settings.learning_rate, min(settings.warmup, settings.steps)
     if step <= warmup:
         return top * step / warmup
@@ -169,7 +169,7 @@ class Trainer:
         return text.split(END)[1] if self.corpus.grammar else text
 
     def mfu(self, tokens: int, seconds: float, convention: str = "6N+attention causal") -> float | None:
-        """Model FLOPs utilisation, 0 to 1, by `convention` over the float32 peak of the cube; None if that is unknown."""
+        """Model FLOPs utilisation, 0 to 1, by `convention` over the float32 peak of the cube; None if unknown."""
         peak = peak_flops(self.device)
         return None if peak is None else tokens * self.model.flops_per_token(convention) / (seconds * peak)
 

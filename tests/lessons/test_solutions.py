@@ -1,0 +1,59 @@
+"""Each check, on its solution, on an untouched stub, and on the mistakes that readers make."""
+
+import math
+
+import pytest
+
+from course_lib.lessons.check.lesson00 import check_addition_seconds, check_product_flops, check_training_bytes
+from course_lib.lessons.check.lesson06 import check_learning_rate, check_mfu, check_tile_efficiency
+from course_lib.lessons.solutions import lesson00, lesson06
+
+CHECKS = {
+    check_product_flops: lesson00.product_flops,
+    check_addition_seconds: lesson00.addition_seconds,
+    check_training_bytes: lesson00.training_bytes,
+    check_learning_rate: lesson06.learning_rate,
+    check_mfu: lesson06.mfu,
+    check_tile_efficiency: lesson06.tile_efficiency,
+}
+MISTAKES = [
+    (check_product_flops, lambda m, k, n: m * k * n, "two operations"),  # off by 2
+    (check_product_flops, lambda m, k, n: 2 * m * n, "sum over k"),
+    (check_product_flops, lambda m, k, n: m * n * (2 * k - 1), "k additions"),
+    (check_product_flops, lambda m, k, n: 2 * (m * k + k * n), "numbers read"),
+    (check_addition_seconds, lambda e, b, launch: 12 * e / b, "pays its launch"),
+    (check_addition_seconds, lambda e, b, launch: launch + 8 * e / b, "three tensors"),
+    (check_addition_seconds, lambda e, b, launch: launch + 3 * e / b, "in bytes"),  # units
+    (check_addition_seconds, lambda e, b, launch: 1e6 * (launch + 12 * e / b), "times too much"),  # microseconds
+    (check_training_bytes, lambda n: 4 * n, "all that inference keeps"),
+    (check_training_bytes, lambda n: 8 * n, "AdamW also remembers"),
+    (check_training_bytes, lambda n: 12 * n, "which one did you leave out"),  # forgot the gradient
+    (check_training_bytes, lambda n: 128 * n, "not bits"),
+    (check_learning_rate, lambda s, n, w, top: top, "the rate falls"),
+    (check_learning_rate, lambda s, n, w, top: top * min(s / w, (1 + math.cos(math.pi * (s - w) / (n - w))) / 2), "a tenth of the top"),
+    (check_mfu, lambda r, N, L, D, T, p: r * 6 * N / p, "attention are missing"),
+    (check_mfu, lambda r, N, L, D, T, p: r * 2 * N / p, "forward pass only"),  # forgot backward
+    (check_mfu, lambda r, N, L, D, T, p: r * (6 * N + 12 * L * D * T) / p, "attention full"),
+    (check_mfu, lambda r, N, L, D, T, p: 100 * lesson06.mfu(r, N, L, D, T, p), "not a percentage"),
+    (check_tile_efficiency, lambda m, k, n, t: (m // t) * (k // t) * (n // t) * t**3 / (m * k * n), "round up"),
+    (check_tile_efficiency, lambda m, k, n, t: 1 / lesson06.tile_efficiency(m, k, n, t), "upside down"),
+    (check_tile_efficiency, lambda m, k, n, t: n / (math.ceil(n / t) * t), "all three sides"),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_solution_is_right(check, capsys) -> None:
+    assert check(CHECKS[check])
+    assert ": right. " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_stub_is_not_attempted(check, capsys) -> None:
+    assert not check(lambda *arguments: None)
+    assert capsys.readouterr().out.strip().endswith("not attempted yet")
+
+
+@pytest.mark.parametrize(("check", "mistake", "hint"), MISTAKES)
+def test_mistake_is_told(check, mistake, hint: str, capsys) -> None:
+    assert not check(mistake)
+    assert hint in capsys.readouterr().out

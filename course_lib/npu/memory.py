@@ -16,6 +16,7 @@ import bisect
 import itertools
 import threading
 
+import numpy as np
 import torch
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -39,71 +40,52 @@ def format_size(size: int) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-class Tally:
-    """Counts of one pool, or of all. Each figure has its present value, its peak, and the sum of all that was added.
+class Books:
+    """The allocator's statistics. Changes go into a journal, for they come twice an operator; sums are made when asked for.
 
-    What was taken away follows: the sum minus the present value. Written out, for it runs twice an operator.
+    Each figure has, for all pools and for each, its present value, its peak, and the sums of what was added and taken.
     """
 
     FIGURES = ("allocation", "allocated_bytes", "requested_bytes", "inactive_split", "inactive_split_bytes", "segment", "reserved_bytes")
-    __slots__ = ("now", "peak", "sum", "sum_base", "freed_base")
+    POOLS = ("all", "small", "large")
 
     def __init__(self) -> None:
-        self.now, self.peak = dict.fromkeys(self.FIGURES, 0), dict.fromkeys(self.FIGURES, 0)
-        self.sum, self.sum_base, self.freed_base = dict.fromkeys(self.FIGURES, 0), dict.fromkeys(self.FIGURES, 0), dict.fromkeys(self.FIGURES, 0)
+        self.journal: list[tuple[int, ...]] = []  # (1 if large, change of each figure)
+        shape = (len(self.POOLS), len(self.FIGURES))
+        self.current, self.peak, self.allocated, self.freed = (np.zeros(shape, np.int64) for _ in range(4))
 
-    def add(self, figure: str, n: int) -> None:
-        now = self.now[figure] + n
-        self.now[figure] = now
-        if n > 0:
-            self.sum[figure] += n
-            if now > self.peak[figure]:
-                self.peak[figure] = now
+    def note(self, *row: int) -> None:
+        self.journal.append(row)
+        if len(self.journal) >= 8192:
+            self.add_up()
 
-    def take_block(self, size: int, requested: int, splits: int, split_bytes: int) -> None:
-        """A block went into use; ``splits`` and ``split_bytes`` are what that changed among the unused pieces."""
-        now, peak, total = self.now, self.peak, self.sum
-        n = now["allocation"] = now["allocation"] + 1
-        total["allocation"] += 1
-        if n > peak["allocation"]:
-            peak["allocation"] = n
-        n = now["allocated_bytes"] = now["allocated_bytes"] + size
-        total["allocated_bytes"] += size
-        if n > peak["allocated_bytes"]:
-            peak["allocated_bytes"] = n
-        n = now["requested_bytes"] = now["requested_bytes"] + requested
-        total["requested_bytes"] += requested
-        if n > peak["requested_bytes"]:
-            peak["requested_bytes"] = n
-        self._split(splits, split_bytes)
+    def add_up(self) -> None:
+        """Bring the sums up to date with the journal."""
+        if not self.journal:
+            return
+        rows, self.journal = np.array(self.journal, np.int64), []
+        large = rows[:, 0] == 1
+        for pool, here in enumerate((np.ones_like(large), ~large, large)):
+            changes = rows[here, 1:]
+            if len(changes):
+                course = self.current[pool] + changes.cumsum(0)
+                self.peak[pool] = np.maximum(self.peak[pool], course.max(0))
+                self.current[pool] = course[-1]
+                self.allocated[pool] += changes.clip(min=0).sum(0)
+                self.freed[pool] -= changes.clip(max=0).sum(0)
 
-    def give_block(self, size: int, requested: int, splits: int, split_bytes: int) -> None:
-        """A block went out of use."""
-        now = self.now
-        now["allocation"] -= 1
-        now["allocated_bytes"] -= size
-        now["requested_bytes"] -= requested
-        self._split(splits, split_bytes)
+    def read(self, figure: str, which: str, pool: str = "all") -> int:
+        """``which`` is "current", "peak", "allocated" (the sum of what was added) or "freed" (of what was taken)."""
+        self.add_up()
+        return int(getattr(self, which)[self.POOLS.index(pool), self.FIGURES.index(figure)])
 
-    def _split(self, splits: int, split_bytes: int) -> None:
-        if splits:
-            self.add("inactive_split", splits)
-        if split_bytes:
-            self.add("inactive_split_bytes", split_bytes)
-
-    def read(self, figure: str, which: str) -> int:
-        """``which`` is "current", "peak", "allocated" (the sum of what was added) or "freed"."""
-        if which == "current":
-            return self.now[figure]
-        if which == "peak":
-            return self.peak[figure]
-        if which == "allocated":
-            return self.sum[figure] - self.sum_base[figure]
-        return self.sum[figure] - self.now[figure] - self.freed_base[figure]
+    def reset_peak(self) -> None:
+        self.add_up()
+        self.peak = self.current.copy()
 
     def reset_sums(self) -> None:
-        self.sum_base = dict(self.sum)
-        self.freed_base = {f: self.sum[f] - self.now[f] for f in self.FIGURES}
+        self.add_up()
+        self.allocated[:], self.freed[:] = 0, 0
 
 
 class Block:
@@ -153,7 +135,8 @@ class CachingAllocator:
         self._next_address = MIN_BLOCK
         self.segments: dict[int, Segment] = {}
         self.retries = self.ooms = 0
-        self.tally = {"all": Tally(), "small": Tally(), "large": Tally()}
+        self.reserved = 0
+        self.books = Books()
 
     # -- the calls that the device makes -----------------------------------------------------------
 
@@ -175,8 +158,7 @@ class CachingAllocator:
             splits, split_bytes = (1, rest) if rest else (0, 0)
             if before:
                 splits, split_bytes = splits - 1, split_bytes - before
-            for p in ("all", pool):
-                self.tally[p].take_block(block.size, nbytes, splits, split_bytes)
+            self.books.note(pool == "large", 1, block.size, nbytes, splits, split_bytes, 0, 0)
         return block
 
     def free(self, block: Block) -> None:
@@ -204,8 +186,7 @@ class CachingAllocator:
             pool, size, requested = block.segment.pool, block.size, block.requested
             block.used = False
             splits, split_bytes = self._merge(block)
-            for p in ("all", pool):
-                self.tally[p].give_block(size, requested, splits, split_bytes)
+            self.books.note(pool == "large", -1, -size, -requested, splits, split_bytes, 0, 0)
 
     def _best_fit(self, pool: str, size: int) -> Block | None:
         free = self._free[pool]
@@ -219,7 +200,7 @@ class CachingAllocator:
             need = self.large_segment
         else:
             need = -(-size // self.small_segment) * self.small_segment
-        if self.tally["all"].now["reserved_bytes"] + need > self.limit:
+        if self.reserved + need > self.limit:
             return None
         segment = Segment(self._next_address, need, pool)
         self._next_address += need
@@ -272,9 +253,8 @@ class CachingAllocator:
         del free[bisect.bisect_left(free, (block.size, block.address))]
 
     def _count_segment(self, pool: str, segments: int, nbytes: int) -> None:
-        for p in ("all", pool):
-            self.tally[p].add("segment", segments)
-            self.tally[p].add("reserved_bytes", nbytes)
+        self.reserved += nbytes
+        self.books.note(pool == "large", 0, 0, 0, 0, 0, segments, nbytes)
 
     def _release_segments(self) -> None:
         for pool, free in self._free.items():
@@ -285,8 +265,7 @@ class CachingAllocator:
                 self._count_segment(pool, -1, -block.size)
 
     def _complaint(self, nbytes: int) -> str:
-        now = self.tally["all"].now
-        allocated, reserved = format_size(now["allocated_bytes"]), now["reserved_bytes"]
+        allocated, reserved = format_size(self.books.read("allocated_bytes", "current")), self.reserved
         allowed = f"{format_size(self.limit)} allowed; " if self.limit < self.capacity else ""
         return (
             f"NPU out of memory. Tried to allocate {format_size(nbytes)} (NPU {self.index}; "
@@ -305,17 +284,17 @@ class CachingAllocator:
     def read(self, figure: str, which: str) -> int:
         """One figure over all pools, such as ("allocated_bytes", "peak")."""
         self.settle()
-        return self.tally["all"].read(figure, which)
+        return self.books.read(figure, which)
 
     def stats(self) -> dict[str, int]:
         """Statistics under torch_npu's keys: ``allocated_bytes.all.peak``, ``segment.large_pool.current``, …"""
         self.settle()
         out = {}
         alias = {"active": "allocation", "active_bytes": "allocated_bytes"}
-        for name in sorted((*Tally.FIGURES, *alias)):
+        for name in sorted((*Books.FIGURES, *alias)):
             for pool, label in (("all", "all"), ("large", "large_pool"), ("small", "small_pool")):
                 for which in ("current", "peak", "allocated", "freed"):
-                    out[f"{name}.{label}.{which}"] = self.tally[pool].read(alias.get(name, name), which)
+                    out[f"{name}.{label}.{which}"] = self.books.read(alias.get(name, name), which, pool)
         return out | {
             "num_alloc_retries": self.retries, "num_ooms": self.ooms, "num_oom_rejections": 0,
             "max_split_size": -1, "oversize_allocations": 0, "oversize_segments": 0,
@@ -324,12 +303,10 @@ class CachingAllocator:
     def reset_peak(self) -> None:
         """Peaks start again from the present values."""
         self.settle()
-        for tally in self.tally.values():
-            tally.peak = dict(tally.now)
+        self.books.reset_peak()
 
     def reset_accumulated(self) -> None:
         """The sums of what was allocated and freed, and the counts of failures, start again from zero."""
         self.settle()
-        for tally in self.tally.values():
-            tally.reset_sums()
+        self.books.reset_sums()
         self.retries = self.ooms = 0

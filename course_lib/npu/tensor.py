@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from course_lib.chip.cost import Cost, Work, cost
-from course_lib.npu import backward, ops, runtime
+from course_lib.npu import ops, runtime
 from course_lib.npu.work import base_name, tensors_in, work
 
 FREE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_reshape_alias", "set", "resize", "record_stream", "_has_compatible_shallow_copy_type", "is_same_size"}
+PLAIN = {int, float, bool, type(None), torch.dtype, str}
 HOST = -1  # in place of a device index: the result is to lie in host memory
 NEEDS_ARGUMENTS = {"convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 
@@ -37,12 +38,9 @@ class NpuTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
         info = _infos.get(func) or _learn(func)
-        try:
-            if info.view and not kwargs:
-                return look(info, args)
-            return (info.handler or run)(info, args, kwargs or {})
-        except Exception as error:
-            return backward.keep(error)
+        if info.view and not kwargs:
+            return look(info, args)
+        return (info.handler or run)(info, args, kwargs or {})
 
     # -- what a tensor does outside of operators --
 
@@ -179,6 +177,8 @@ def _unwrap(args: Any, seen: list[NpuTensor]) -> list:
         if kind is NpuTensor:
             seen.append(a)
             out.append(a._inner)
+        elif kind in PLAIN:
+            out.append(a)
         elif kind is list or kind is tuple:
             out.append(kind(_unwrap(a, seen)) if a and not isinstance(a[0], (int, float)) else a)
         elif isinstance(a, torch.Tensor):

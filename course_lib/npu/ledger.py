@@ -93,8 +93,10 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.records: list[Record] = []
-        self.memory: list[MemoryChange] = []
+        # Kept by column: no object is made for an operator, so that Python's garbage collector has nothing to walk.
+        self._columns = tuple([] for _ in Record._fields)
+        self._changes = tuple([] for _ in MemoryChange._fields)
+        self._append = tuple(column.append for column in self._columns)
         self._unsorted: list[runtime.Held] = []
         self._began = self._ended = 0
 
@@ -106,7 +108,8 @@ class Ledger:
             device.synchronize()
         self._spec = runtime.devices[0].spec
         self._began = runtime.host.now
-        self.memory += [MemoryChange(self._began, h.block.size, h, h.index) for h in list(runtime.live.values())]
+        for held in list(runtime.live.values()):
+            self._note_memory(self._began, held.block.size, held)
         runtime.ledgers.append(self)
         where.open()
         return self
@@ -132,22 +135,37 @@ class Ledger:
 
     # -- what the device calls --
 
-    def record(self, op: str, tensors: list[torch.Tensor], device: runtime.Device, stream: Timeline, start: int, price: Cost) -> None:
+    def record(self, op: str, shapes: tuple, tensors: list[torch.Tensor], device: runtime.Device, stream: Timeline, start: int, price: Cost) -> None:
         phase, module = where.now(tensors)
-        shapes = tuple([t.shape for t in tensors])
         if self._unsorted:
             for held in self._unsorted:
                 held.category = held.category or category_of(phase)
             self._unsorted.clear()
-        self.records.append(Record(op, phase, module, shapes, device.index, stream.id, stream.host.now, start, price))
+        op_, phase_, module_, shapes_, device_, stream_, launched_, start_, cost_ = self._append
+        op_(op), phase_(phase), module_(module), shapes_(shapes), device_(device.index)
+        stream_(stream.id), launched_(stream.host.now), start_(start), cost_(price)
 
     def memory_changed(self, held: runtime.Held, change: int) -> None:
         if change > 0 and held.category is None:
             self._unsorted.append(held)  # the operator that took it is recorded next, with its phase
         if change:
-            self.memory.append(MemoryChange(runtime.host.now, change, held, held.index))
+            self._note_memory(runtime.host.now, change, held)
+
+    def _note_memory(self, at: int, change: int, held: runtime.Held) -> None:
+        ats, changes, helds, devices = self._changes
+        ats.append(at), changes.append(change), helds.append(held), devices.append(held.index)
 
     # -- reading --
+
+    @property
+    def records(self) -> list[Record]:
+        """Every operator so far, in the order of launch."""
+        return [Record(*row) for row in zip(*self._columns)]
+
+    @property
+    def memory(self) -> list[MemoryChange]:
+        """What was held when the ledger was opened, then every change since."""
+        return [MemoryChange(*row) for row in zip(*self._changes)]
 
     def _now(self) -> int:
         """When the host and all streams will be done."""
@@ -171,7 +189,7 @@ class Ledger:
         return table(self.records, by, depth)
 
     def totals(self) -> Totals:
-        costs = [r.cost for r in self.records]
+        costs = self._columns[-1]
         known = all(c.energy_pj is not None for c in costs)
         return Totals(
             calls=len(costs),
@@ -193,7 +211,7 @@ class Ledger:
         """
         if model_flops is not None and convention == "executed cube FLOPs":
             raise ValueError('utilisation(model_flops=…) needs convention="6N", "6N+attention causal" or "6N+attention full"')
-        flops = sum(r.cost.cube_flops for r in self.records) if model_flops is None else model_flops
+        flops = sum(c.cube_flops for c in self._columns[-1]) if model_flops is None else model_flops
         peak = self._spec.peak(dtype, counts=counts)
         label = f"{dtype} {counts} peak " + ("unknown" if peak is None else f"{peak / 1e12:.4g} TFLOP/s")
         seconds = self.elapsed_ps / PS_PER_S

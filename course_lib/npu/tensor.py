@@ -144,8 +144,8 @@ def run(info: Info, args: tuple, kwargs: dict) -> Any:
     result = _compute(info, host_args, host_kwargs, device)
     out, keys = _wrap_result(info, result, args, kwargs, index)
     if not info.free:
-        price = _price(info, device, seen, keys, host_args, host_kwargs, result)
-        charge(info.name, device, price, seen)
+        priced = _price(info, device, seen, keys, host_args, host_kwargs, result)
+        charge(info.name, device, priced, seen)
         if info.waits:
             device.current.wait()
     return out
@@ -158,12 +158,13 @@ def look(info: Info, args: tuple) -> NpuTensor:
     return _clothe(inner, base._held)
 
 
-def charge(name: str, device: runtime.Device, price: Cost, tensors: list[torch.Tensor]) -> None:
-    """Launch work of this price, done on ``tensors``, on the device's current stream; tell the ledgers."""
+def charge(name: str, device: runtime.Device, priced: tuple[Cost, tuple], tensors: list[torch.Tensor]) -> None:
+    """Launch work of this price and shapes, done on ``tensors``, on the device's current stream; tell the ledgers."""
+    price, shapes = priced
     stream = device.current
     start = stream.launch(price.ps)
     for ledger in runtime.ledgers:
-        ledger.record(name, tensors, device, stream, start, price)
+        ledger.record(name, shapes, tensors, device, stream, start, price)
 
 
 # -- arguments ----------------------------------------------------------------------------------------
@@ -294,8 +295,8 @@ def adopt(t: NpuTensor, inner: torch.Tensor) -> None:
 # -- price --------------------------------------------------------------------------------------------
 
 
-def _price(info: Info, device: runtime.Device, seen: list[NpuTensor], keys: tuple, args: list, kwargs: dict, result: Any) -> Cost:
-    """The operator's cost, remembered by operator, shapes, dtypes and which arguments share a storage."""
+def _price(info: Info, device: runtime.Device, seen: list[NpuTensor], keys: tuple, args: list, kwargs: dict, result: Any) -> tuple[Cost, tuple]:
+    """The operator's cost and its arguments' shapes, remembered by operator, shapes, dtypes and which arguments share a storage."""
 
     def reckon() -> Work:
         outs = tensors_in(result) or [t for name in info.outs for t in tensors_in(kwargs[name])]
@@ -304,7 +305,7 @@ def _price(info: Info, device: runtime.Device, seen: list[NpuTensor], keys: tupl
     blocks = [t._held for t in seen]
     shared = tuple(map(blocks.index, blocks)) if len(blocks) > 1 else None
     numbers = _numbers(args, kwargs) if info.needs_arguments else None
-    return price_of(device, (info, tuple([t._key for t in seen]), keys, shared, numbers), reckon)
+    return price_of(device, (info, tuple([t._key for t in seen]), keys, shared, numbers), reckon, seen)
 
 
 def _numbers(args: list, kwargs: dict) -> tuple:
@@ -313,9 +314,9 @@ def _numbers(args: list, kwargs: dict) -> tuple:
     return tuple(v for v in values if isinstance(v, (bool, int, float, tuple)))
 
 
-def price_of(device: runtime.Device, key: tuple, reckon: Callable[[], Work]) -> Cost:
-    """The cost known under ``key``, or that of the work that ``reckon`` gives."""
+def price_of(device: runtime.Device, key: tuple, reckon: Callable[[], Work], tensors: list[torch.Tensor]) -> tuple[Cost, tuple]:
+    """What is known under ``key``, or the cost of the work that ``reckon`` gives and the shapes of ``tensors``."""
     found = device.costs.get(key)
     if found is None:
-        found = device.costs[key] = cost(device.spec, reckon())
+        found = device.costs[key] = cost(device.spec, reckon()), tuple(tuple(t.shape) for t in tensors)
     return found

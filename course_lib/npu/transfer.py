@@ -29,7 +29,7 @@ def move(name: str, device: runtime.Device, inner: torch.Tensor, wait: bool) -> 
     """Charge the transfer of ``inner`` over the host link of ``device``; the host waits if it needs the bytes."""
     nbytes = inner.numel() * inner.element_size()
     price = cost(device.spec, Work(link_bytes=nbytes))
-    charge(name, device, price, [inner])
+    charge(name, device, (price, (tuple(inner.shape),)), [inner])
     if wait:
         device.current.wait()
 

@@ -70,7 +70,8 @@ lock: ## write requirements.lock anew; PYTHON is to be the oldest Python allowed
 	mv build/requirements.lock requirements.lock
 
 clean: ## remove the environment and everything else that can be made again
-	rm -rf .venv build dist .pytest_cache .ruff_cache
+	test ! -e .venv/.course || rm -rf .venv
+	rm -rf build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list

@@ -57,9 +57,10 @@ class Held(weakref.ref):
 
 def _release(held: Held) -> None:
     live.pop(held.key, None)
+    size = held.block.size  # freeing joins the block with its neighbours
     devices[held.index].memory.free(held.block)
     for ledger in ledgers:
-        ledger.memory_changed(held, -held.block.size)
+        ledger.memory_changed(held, -size)
 
 
 class NpuStorage(torch.UntypedStorage):

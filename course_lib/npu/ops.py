@@ -59,6 +59,8 @@ def rms_norm_backward(grad: Tensor, x: Tensor, normalized_shape: list[int], inve
     return g.sub_(normed.mul_(projection)).mul_(inverse).to(x.dtype) if weight is not None else ((g - normed * projection) * inverse).to(x.dtype), grad_weight
 
 
+# Operators with a decomposition of our own
+OWN = {aten.scaled_dot_product_attention.default: attention, aten.rms_norm.default: rms_norm}
 KERNELS = {aten._fused_rms_norm.default: rms_norm_forward, aten._fused_rms_norm_backward.default: rms_norm_backward}
 # Operators that PyTorch takes apart unless the device has a kernel of its own
 WHOLE = (aten.linear.default, aten.silu_backward.default, aten.mish_backward.default, aten.native_channel_shuffle.default, aten._fused_rms_norm.default)
@@ -68,8 +70,8 @@ def register(explicit) -> list[torch.library.Library]:
     """Take operators over before PyTorch takes them apart; ``explicit(func)`` is a device kernel for ``func``."""
     library = torch.library.Library("aten", "IMPL")
     for key in ("AutogradPrivateUse1", "PrivateUse1"):
-        library.impl("scaled_dot_product_attention", attention, key)
-        library.impl("rms_norm", rms_norm, key)
+        for func, own in OWN.items():
+            library.impl(func._schema.name.split("::")[1], own, key)
     for func in WHOLE:
         library.impl(func._schema.name.split("::")[1], explicit(func), "PrivateUse1")
     return [library]

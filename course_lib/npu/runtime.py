@@ -8,6 +8,7 @@ means), ``ledgers`` (those that listen), and ``live`` (each device storage and t
 import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -71,6 +72,12 @@ class NpuStorage(torch.UntypedStorage):
         held = live.get(self._cdata)
         return torch.device("npu", held.index if held else self.__dict__.get("_npu_index", current))
 
+    def resize_(self, size: int) -> "NpuStorage":
+        super().resize_(size)
+        if (held := live.get(self._cdata)) is not None:
+            follow(held, self)
+        return self
+
     def cpu(self) -> torch.UntypedStorage:
         return torch.UntypedStorage(self.nbytes()).copy_(self, False)
 
@@ -88,7 +95,24 @@ def hold(storage: torch.UntypedStorage, index: int) -> Held:
     return held
 
 
-def use(chip: str | ChipSpec | None = None, count: int = 1) -> ChipSpec:
+def follow(held: Held, storage: torch.UntypedStorage) -> None:
+    """Let the device memory of ``storage`` follow its size, which has changed: another block, as on a real device."""
+    size = storage.nbytes()
+    if size == held.block.requested:
+        return
+    memory, old = devices[held.index].memory, held.block
+    change = -old.size
+    if size < old.requested:  # the old goes first; growing copies, so that both live for a moment
+        memory.free(old)
+        held.block = memory.allocate(size)
+    else:
+        held.block = memory.allocate(size)
+        memory.free(old)
+    for ledger in ledgers:
+        ledger.memory_changed(held, held.block.size + change)
+
+
+def use(chip: str | Path | ChipSpec | None = None, count: int = 1) -> ChipSpec:
     """Put ``count`` devices of ``chip`` under the program and set the clocks to zero.
 
     ``chip`` is a name from ``data/chips`` (or a path, or a ChipSpec); None means ``COURSE_CHIP`` or "mini".
@@ -97,10 +121,12 @@ def use(chip: str | ChipSpec | None = None, count: int = 1) -> ChipSpec:
     """
     global devices, current, host
     real.refuse("use()")
-    if not isinstance(count, int) or count < 1:
+    if type(count) is not int or count < 1:
         raise ValueError(f"use(count={count!r}): the number of devices must be a whole number from 1 on")
     if ledgers:
         raise RuntimeError("use() inside `with npu.ledger()`: leave the ledger first, it counts for one chip")
+    if not isinstance(chip, (str, Path, ChipSpec, type(None))):
+        raise TypeError(f"use({chip!r}): expected the name of a chip, the path of a .toml file or a ChipSpec")
     spec = chip if isinstance(chip, ChipSpec) else load_chip(chip or os.environ.get("COURSE_CHIP") or DEFAULT_CHIP)
     new_host = Host()
     fresh = [Device(i, spec, new_host) for i in range(count)]

@@ -11,6 +11,7 @@ Views cost nothing. Copies between host and device, and operators whose result t
 (``.item()``, ``nonzero``), make the host wait; they have their own rules in ``transfer.py``.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +39,8 @@ class NpuTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
         info = _infos.get(func) or _learn(func)
-        if info.view and not kwargs:
-            return look(info, args)
+        if info.view:
+            return look(info, args, kwargs)
         return (info.handler or run)(info, args, kwargs or {})
 
     # -- what a tensor does outside of operators --
@@ -74,8 +75,23 @@ class NpuTensor(torch.Tensor):
         memo[id(self)] = copy
         return copy
 
+    @property
+    def data(self) -> "NpuTensor":
+        """The same memory, without history; assigning a device tensor takes over its memory."""
+        return _data.__get__(self)
+
+    @data.setter
+    def data(self, other: torch.Tensor) -> None:
+        if not isinstance(other, NpuTensor):
+            raise RuntimeError(f"cannot assign a tensor on {other.device} to .data of a tensor on {self.device}; move it first with .to({str(self.device)!r})")
+        _data.__set__(self, other)
+        self._inner, self._held, self._key = other._inner, other._held, other._key
+
     def untyped_storage(self) -> torch.UntypedStorage:
         return self._inner.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self._inner.data_ptr()
 
     def __format__(self, spec: str) -> str:
         return self.item().__format__(spec) if self.dim() == 0 else object.__format__(self, spec)
@@ -90,6 +106,9 @@ class NpuTensor(torch.Tensor):
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.numpy()
+
+
+_data = torch._C.TensorBase.data
 
 
 class _Plain:
@@ -113,7 +132,7 @@ class Info:
         self.kernel = ops.KERNELS.get(func, func)
         written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         self.free = self.name in FREE or func.is_view
-        self.view = (func.is_view or self.name == "_unsafe_view") and len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+        self.view = func.is_view or self.name == "_unsafe_view"
         self.in_place = bool(written) and not written[0].is_out and len(schema.returns) == 1 and schema.returns[0].alias_info is not None
         self.outs = [a.name for a in written if a.is_out]
         self.random = torch.Tag.nondeterministic_seeded in func.tags
@@ -129,7 +148,14 @@ HANDLERS: dict[torch._ops.OpOverload, Any] = {}  # operators with rules of their
 
 def _learn(func: torch._ops.OpOverload) -> Info:
     info = _infos[func] = Info(func)
+    if info.handler is None and func not in ops.WHOLE and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        info.handler, info.view = by_parts, False
     return info
+
+
+def by_parts(info: Info, args: tuple, kwargs: dict) -> Any:
+    """An operator that PyTorch has not taken apart yet, as in ``torch.inference_mode()``."""
+    return ops.OWN.get(info.func, info.func.decompose)(*args, **kwargs)
 
 
 def run(info: Info, args: tuple, kwargs: dict) -> Any:
@@ -151,11 +177,17 @@ def run(info: Info, args: tuple, kwargs: dict) -> Any:
     return out
 
 
-def look(info: Info, args: tuple) -> NpuTensor:
-    """A view: another shape for the same memory. Nothing is launched."""
+def look(info: Info, args: tuple, kwargs: dict | None) -> NpuTensor | list[NpuTensor]:
+    """A view, or several (``split``): another shape for the same memory. Nothing is launched."""
     base = args[0]
-    inner = info.func(base._inner, *args[1:])
-    return _clothe(inner, base._held)
+    if _inference() and not base.is_inference():  # a view of an ordinary tensor is one
+        with torch.inference_mode(False):
+            return look(info, args, kwargs)
+    inner = info.func(base._inner, *args[1:], **kwargs) if kwargs else info.func(base._inner, *args[1:])
+    return _clothe(inner, base._held) if type(inner) is torch.Tensor else [_clothe(i, base._held) for i in inner]
+
+
+_inference = torch._C.is_inference_mode_enabled
 
 
 def charge(name: str, device: runtime.Device, priced: tuple[Cost, tuple], tensors: list[torch.Tensor]) -> None:
@@ -226,9 +258,17 @@ def _one_device(info: Info, seen: list[NpuTensor], index: int | None) -> int:
 
 
 def _compute(info: Info, args: list, kwargs: dict, device: runtime.Device) -> Any:
-    """The operator by the CPU's kernel; random numbers come from the device's own generator."""
-    if not info.random:
-        return info.kernel(*args, **kwargs)
+    """The operator by the CPU's kernel."""
+    try:
+        return _draw(info, args, kwargs, device) if info.random else info.kernel(*args, **kwargs)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):  # more than the host has: the device refuses first, if it would
+            device.memory.allocate(int(re.search(r"allocate (\d+) bytes", str(error))[1]))
+        raise
+
+
+def _draw(info: Info, args: list, kwargs: dict, device: runtime.Device) -> Any:
+    """A random operator, with numbers from the device's own generator."""
     if info.takes_generator:
         kwargs = kwargs | {"generator": kwargs.get("generator") or device.generator}
         return info.kernel(*args, **kwargs)
@@ -246,13 +286,20 @@ def _compute(info: Info, args: list, kwargs: dict, device: runtime.Device) -> An
 
 def wrap(inner: torch.Tensor, index: int) -> NpuTensor:
     """``inner`` as a tensor of device ``index``; a new storage takes device memory."""
-    return _clothe(inner, runtime.hold(inner.untyped_storage(), index))
+    try:
+        storage = inner.untyped_storage()
+    except NotImplementedError:
+        raise NotImplementedError(f"npu: tensors with layout {inner.layout} are not supported; use dense tensors, or keep this one on the cpu") from None
+    return _clothe(inner, runtime.hold(storage, index))
 
 
 def _clothe(inner: torch.Tensor, held: runtime.Held) -> NpuTensor:
     shape, stride, dtype = inner.shape, inner.stride(), inner.dtype
     out = _make(NpuTensor, shape, stride, inner.storage_offset(), dtype=dtype, device=held.device)
     out._inner, out._held, out._key = inner, held, (shape, stride, dtype)
+    if inner.is_neg() or (dtype.is_complex and inner.is_conj()):  # a view with a sign or conjugation still to be done
+        torch._C._set_neg(out, inner.is_neg())
+        torch._C._set_conj(out, inner.is_conj())
     return out
 
 
@@ -288,8 +335,8 @@ def _refresh(written: tuple) -> None:
 def adopt(t: NpuTensor, inner: torch.Tensor) -> None:
     """Make ``t`` stand for ``inner``: shape, strides and memory."""
     fresh = wrap(inner, t._held.index)
+    runtime.follow(fresh._held, inner.untyped_storage())
     t.data = fresh
-    t._inner, t._held, t._key = inner, fresh._held, fresh._key
 
 
 # -- price --------------------------------------------------------------------------------------------
@@ -300,10 +347,14 @@ def _price(info: Info, device: runtime.Device, seen: list[NpuTensor], keys: tupl
 
     def reckon() -> Work:
         outs = tensors_in(result) or [t for name in info.outs for t in tensors_in(kwargs[name])]
-        return work(info.func, tuple(args), kwargs, outs)
+        there = {id(t._inner) for t in seen}
+        on_device = [None if isinstance(a, torch.Tensor) and id(a) not in there else a for a in args]  # without the host's scalars
+        return work(info.func, tuple(on_device), kwargs, outs)
 
     blocks = [t._held for t in seen]
     shared = tuple(map(blocks.index, blocks)) if len(blocks) > 1 else None
+    if shared and len(set(shared)) < len(shared):
+        shared += tuple([t._inner.storage_offset() for t in seen])
     numbers = _numbers(args, kwargs) if info.needs_arguments else None
     return price_of(device, (info, tuple([t._key for t in seen]), keys, shared, numbers), reckon, seen)
 

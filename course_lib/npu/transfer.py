@@ -103,6 +103,23 @@ def _set_(info: Info, args: tuple, kwargs: dict) -> Any:
     return target
 
 
+@handler(aten.index.Tensor)
+@handler(aten.index_put_.default)
+@handler(aten.index_put.default)
+@handler(aten._index_put_impl_.default)
+def _index(info: Info, args: tuple, kwargs: dict) -> Any:
+    """``x[i]`` and ``x[i] = y``: here, and only here, PyTorch lets indices on the host in; they are moved."""
+    if isinstance(args[0], NpuTensor):
+        indices = [i if i is None or isinstance(i, NpuTensor) else i.to(args[0].device) for i in args[1]]
+        args = (args[0], indices, *args[2:])
+    return run(info, args, kwargs)
+
+
+def pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
+    """``host_tensor.pin_memory()``, as a DataLoader asks for: a copy; the emulated link does not tell them apart."""
+    return tensor.clone()
+
+
 def factory(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Operators that reach the device without a device tensor: ``torch.empty(…, device="npu")`` and its like."""
     return NpuTensor.__torch_dispatch__(func, (), args, kwargs)
@@ -117,8 +134,10 @@ def register() -> list[torch.library.Library]:
     for name, func in (
         ("empty.memory_format", aten.empty.memory_format), ("empty_strided", aten.empty_strided.default),
         ("copy_", aten.copy_.default), ("_to_copy", aten._to_copy.default), ("_copy_from", aten._copy_from.default),
+        ("_local_scalar_dense", aten._local_scalar_dense.default),
     ):
         explicit.impl(name, kernel(func), "PrivateUse1")
+    explicit.impl("_pin_memory", pin_memory, "CPU")
     return [everything, explicit]
 
 

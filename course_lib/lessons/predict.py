@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from course_lib.show.units import quantity
 
 CLOSE = 0.10  # a ratio this near to 1 is told as a deviation, others as a factor
+EXACT = 1e-9  # of floats that were added up in another order
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def verdict(value: float | None, measured: float) -> str:
     if value is None or not measured:
         return ""
     ratio = value / measured
-    if value == measured:
+    if abs(ratio - 1) < EXACT:
         return "1 × measured: exact"
     if ratio <= 0:
         return f"{ratio:.2g} × measured"

@@ -27,11 +27,15 @@ def quantity(value: float, unit: str = "") -> str:
 
 
 def three_digits(value: float) -> str:
-    """1.23, 12.3, 123, 1,234: three digits, or all that stand before the point."""
+    """0.123, 1.23, 12.3, 123, 1,234: three digits, or all that stand before the point."""
     size = abs(value)
+    if size == 0:
+        return "0"
+    if 0.01 <= size < 0.9995:
+        return f"{value:.3f}"
     if size >= 99.95:
         return f"{value:,.0f}"
-    if 0 < size < 0.01:
+    if size < 0.01:
         return f"{value:.2g}"
     return f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"
 

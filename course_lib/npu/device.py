@@ -5,6 +5,7 @@ allocator; times are emulated. ``attach()`` makes PyTorch know the device.
 """
 
 import importlib
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
@@ -256,6 +257,20 @@ def attach(module: Any) -> None:
     for place in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
         importlib.import_module(place)._foreach_supported_types.append(NpuTensor)
     torch.serialization.register_package(5, _storage_place, _storage_to_place)
+    ForkingPickler.register(NpuTensor, _not_shared)
+    torch.UntypedStorage._new_shared = classmethod(_new_shared)
+
+
+def _not_shared(tensor: torch.Tensor) -> None:
+    raise RuntimeError("a tensor on an emulated npu cannot be shared with another process: send tensor.cpu(), and move it to the npu there (a Dataset read by workers should hold host tensors)")
+
+
+_plain_new_shared = torch.UntypedStorage._new_shared.__func__
+
+
+def _new_shared(cls: type, size: int, *, device: Any = "cpu") -> torch.UntypedStorage:
+    """A storage to be shared; on the device there is none, and PyTorch would crash."""
+    return _not_shared(None) if torch.device(device).type == "npu" else _plain_new_shared(cls, size, device=device)
 
 
 def _storage_place(storage: Any) -> str | None:

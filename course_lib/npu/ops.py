@@ -4,6 +4,7 @@
   computed above the diagonal.
 * ``F.rms_norm`` is one kernel forward and one backward, ``npu_rms_norm`` on a real NPU.
 * ``F.linear`` stays whole, see linear.py.
+* The cells of LSTM and GRU are one kernel a step besides their products.
 * SiLU's backward is one kernel; without a word from the device PyTorch would take it apart.
 """
 
@@ -59,9 +60,58 @@ def rms_norm_backward(grad: Tensor, x: Tensor, normalized_shape: list[int], inve
     return g.sub_(normed.mul_(projection)).mul_(inverse).to(x.dtype) if weight is not None else ((g - normed * projection) * inverse).to(x.dtype), grad_weight
 
 
+def _gates(of_input: Tensor, of_hidden: Tensor, input_bias: Tensor | None, hidden_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two products of a recurrent cell with their biases, if it has any."""
+    if input_bias is None:
+        return of_input, of_hidden
+    return of_input + input_bias, of_hidden + hidden_bias
+
+
+def lstm_cell(of_input: Tensor, of_hidden: Tensor, cx: Tensor, input_bias: Tensor | None = None, hidden_bias: Tensor | None = None) -> tuple:
+    """(hy, cy, gates) of an LSTM step; the products are (B, 4·H), the gates input, forget, cell, output."""
+    a, b = _gates(of_input, of_hidden, input_bias, hidden_bias)
+    i, f, g, o = (a + b).chunk(4, 1)  # (B, H) each
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    cy = f * cx + i * g
+    return o * cy.tanh(), cy, torch.cat([i, f, g, o], 1)
+
+
+def lstm_cell_backward(grad_hy: Tensor | None, grad_cy: Tensor | None, cx: Tensor, cy: Tensor, gates: Tensor, has_bias: bool) -> tuple:
+    """(gradient of the products, of cx, of each bias)."""
+    i, f, g, o = gates.chunk(4, 1)
+    grad_hy = torch.zeros_like(cy) if grad_hy is None else grad_hy
+    tanh = cy.tanh()
+    dc = grad_hy * o * (1 - tanh * tanh)
+    dc = dc if grad_cy is None else dc + grad_cy
+    products = torch.cat([dc * g * i * (1 - i), dc * cx * f * (1 - f), dc * i * (1 - g * g), grad_hy * tanh * o * (1 - o)], 1)
+    return products, dc * f, products.sum(0) if has_bias else None
+
+
+def gru_cell(of_input: Tensor, of_hidden: Tensor, hx: Tensor, input_bias: Tensor | None = None, hidden_bias: Tensor | None = None) -> tuple:
+    """(hy, what backward needs) of a GRU step; the products are (B, 3·H), the gates reset, update, new."""
+    a, b = _gates(of_input, of_hidden, input_bias, hidden_bias)
+    (ar, az, an), (br, bz, bn) = a.chunk(3, 1), b.chunk(3, 1)  # (B, H) each
+    r, z = (ar + br).sigmoid(), (az + bz).sigmoid()
+    n = (an + r * bn).tanh()
+    return n + z * (hx - n), torch.cat([r, z, n, hx, bn], 1)
+
+
+def gru_cell_backward(grad: Tensor, saved: Tensor, has_bias: bool) -> tuple:
+    """Gradients of the two products, of hx, and of the two biases."""
+    r, z, n, hx, bn = saved.chunk(5, 1)
+    dn = grad * (1 - z) * (1 - n * n)
+    dz, dr = grad * (hx - n) * z * (1 - z), dn * bn * r * (1 - r)
+    of_input, of_hidden = torch.cat([dr, dz, dn], 1), torch.cat([dr, dz, dn * r], 1)
+    return of_input, of_hidden, grad * z, of_input.sum(0) if has_bias else None, of_hidden.sum(0) if has_bias else None
+
+
 # Operators with a decomposition of our own
 OWN = {aten.scaled_dot_product_attention.default: attention, aten.rms_norm.default: rms_norm}
-KERNELS = {aten._fused_rms_norm.default: rms_norm_forward, aten._fused_rms_norm_backward.default: rms_norm_backward}
+KERNELS = {
+    aten._fused_rms_norm.default: rms_norm_forward, aten._fused_rms_norm_backward.default: rms_norm_backward,
+    aten._thnn_fused_lstm_cell.default: lstm_cell, aten._thnn_fused_lstm_cell_backward_impl.default: lstm_cell_backward,
+    aten._thnn_fused_gru_cell.default: gru_cell, aten._thnn_fused_gru_cell_backward.default: gru_cell_backward,
+}
 # Operators that PyTorch takes apart unless the device has a kernel of its own
 WHOLE = (aten.linear.default, aten.silu_backward.default, aten.mish_backward.default, aten.native_channel_shuffle.default, aten._fused_rms_norm.default)
 

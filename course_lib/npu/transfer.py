@@ -10,7 +10,7 @@ import torch
 
 from course_lib.chip.cost import Work, cost
 from course_lib.npu import runtime
-from course_lib.npu.tensor import HANDLERS, Info, NpuTensor, adopt, charge, run, wrap
+from course_lib.npu.tensor import HANDLERS, Info, NpuTensor, adopt, charge, price_of, run, wrap
 
 aten = torch.ops.aten
 
@@ -113,6 +113,17 @@ def _index(info: Info, args: tuple, kwargs: dict) -> Any:
         indices = [i if i is None or isinstance(i, NpuTensor) else i.to(args[0].device) for i in args[1]]
         args = (args[0], indices, *args[2:])
     return run(info, args, kwargs)
+
+
+@handler(aten._pack_padded_sequence.default)
+def _pack(info: Info, args: tuple, kwargs: dict) -> tuple[NpuTensor, torch.Tensor]:
+    """``pack_padded_sequence``: the lengths, and the batch sizes made of them, stay on the host."""
+    padded, device = args[0], runtime.devices[args[0]._held.index]
+    packed, batch_sizes = info.func(padded._inner, *args[1:], **kwargs)
+    nbytes = packed.numel() * packed.element_size()
+    out = wrap(packed, device.index)
+    charge(info.name, device, price_of(device, (info.name, nbytes), lambda: Work(bytes_read=nbytes, bytes_written=nbytes), [padded]), [padded])
+    return out, batch_sizes
 
 
 def pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:

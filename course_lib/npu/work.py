@@ -23,6 +23,7 @@ PER_OUTPUT = {
     "_softmax": 5, "_safe_softmax": 5, "_log_softmax": 5,  # max, subtract, exp, sum, divide (or log and subtract)
     "_softmax_backward_data": 4, "_log_softmax_backward_data": 4,  # y·(g − Σ g·y)
     "_fused_rms_norm": 4, "_fused_rms_norm_backward": 8,  # square, mean, scale, gain
+    "_thnn_fused_lstm_cell": 35, "_thnn_fused_lstm_cell_backward_impl": 8, "_thnn_fused_gru_cell": 24, "_thnn_fused_gru_cell_backward": 7,
     "native_layer_norm": 8, "native_layer_norm_backward": 14, "native_batch_norm": 8, "native_batch_norm_backward": 14,
     "addcmul": 3, "addcdiv": 3, "lerp": 3, "pow": 1, "native_dropout": 3, "remainder": 3, "fmod": 3, "cumsum": 1,
 }

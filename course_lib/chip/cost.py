@@ -7,6 +7,10 @@ product is bound by the cube, an elementwise operator by memory, a tiny one by i
 The cube works in tiles M × K × N, one per core and cycle. A product that does not fill its last tiles pays for them,
 and the last round of tiles may leave cores idle: 17 columns cost as much as 32.
 
+The vector cores' published rate counts a fused multiply-add as two FLOP. Only products of matrices are made of those;
+every other vector operation (an addition, an exponential) is one instruction, and half the published rate is what the
+cores can do of them. ``vector_flops`` counts arithmetic operations in both cases, so that in a table they add up.
+
 All arithmetic is on integers and rounds up, so that a cost is bit-identical on every machine.
 """
 
@@ -19,6 +23,7 @@ from course_lib.chip.spec import ChipSpec
 
 PICO = 10**12
 MICRO = 10**6
+FLOP_PER_INSTRUCTION = 2  # of a vector lane in published rates, which are of fused multiply-adds
 _time = itemgetter(0)
 
 
@@ -39,7 +44,10 @@ class Matmul:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one operator asks of the chip. Bytes are HBM traffic; ``link_bytes`` go between host and chip."""
+    """What one operator asks of the chip. Bytes are HBM traffic; ``link_bytes`` go between host and chip.
+
+    ``vector_flops`` are operations outside products, each an instruction of its own on a vector lane.
+    """
 
     matmuls: tuple[Matmul, ...] = ()
     vector_flops: int = 0
@@ -78,7 +86,7 @@ def cost(spec: ChipSpec, work: Work) -> Cost:
     rates = _rates(spec)
     cube_flops, vector_flops, moved = 0, work.vector_flops, work.bytes_read + work.bytes_written
     cube_ps = memory_ps = host_link_ps = 0
-    vector_ps = _ps(vector_flops, rates.vector(work.vector_dtype)) if vector_flops else 0
+    vector_ps = _ps(FLOP_PER_INSTRUCTION * vector_flops, rates.vector(work.vector_dtype)) if vector_flops else 0
     for product in work.matmuls:
         flops, ps, on_cube = _matmul(rates, product)
         if on_cube:
@@ -137,7 +145,7 @@ class _Rates:
         return None if self._microwatts is None else -(-ps * self._microwatts // MICRO)
 
     def vector(self, dtype: str) -> int:
-        """FLOP/s of the vector cores; UnknownFigure where it cannot be derived."""
+        """FLOP/s of the vector cores in fused multiply-adds; UnknownFigure where it cannot be derived."""
         if dtype not in self._vector:
             rate = self.spec.vector_rate(dtype)
             if rate is None:

@@ -79,10 +79,10 @@ def test_products_add_up(toy: ChipSpec) -> None:
 
 
 def test_vector_memory_and_host_link_by_hand(toy: ChipSpec) -> None:
-    assert cost(toy, Work(vector_flops=32)).vector_ps == 1000
-    assert cost(toy, Work(vector_flops=33)).vector_ps == 1032, "33 / 32 GFLOP/s is 1031.25 ps, rounded up"
-    assert cost(toy, Work(vector_flops=64, vector_dtype="float16")).vector_ps == 1000
-    assert cost(toy, Work(vector_flops=32, vector_dtype="bfloat16")).vector_ps == 1000, "by way of float32"
+    assert cost(toy, Work(vector_flops=16)).vector_ps == 1000, "one instruction on each of 16 lanes"
+    assert cost(toy, Work(vector_flops=17)).vector_ps == 1063, "17 / 16 of a cycle is 1062.5 ps, rounded up"
+    assert cost(toy, Work(vector_flops=32, vector_dtype="float16")).vector_ps == 1000
+    assert cost(toy, Work(vector_flops=16, vector_dtype="bfloat16")).vector_ps == 1000, "by way of float32"
     paid = cost(toy, Work(bytes_read=3000, bytes_written=1000))
     assert (paid.memory_ps, paid.bytes, paid.ps) == (4 * US, 4000, 5 * US)
     assert cost(toy, Work(link_bytes=1000)).host_link_ps == 2 * US
@@ -113,7 +113,9 @@ def test_units_overlap(toy: ChipSpec) -> None:
 def test_what_the_cube_lacks_goes_to_the_vector_cores(toy: ChipSpec) -> None:
     paid = cost(toy, product(64, 64, 64, "float32"))
     assert (paid.bound, paid.cube_flops, paid.cube_ps) == ("vector", 0, 0)
-    assert paid.vector_flops == 2 * 64**3 and paid.vector_ps == 2 * 64**3 * 1000 // 32
+    assert paid.vector_flops == 2 * 64**3 and paid.vector_ps == 2 * 64**3 * 1000 // 32, "fused multiply-adds"
+    elementwise = cost(toy, Work(vector_flops=2 * 64**3))
+    assert elementwise.vector_flops == paid.vector_flops and elementwise.vector_ps == 2 * paid.vector_ps
 
 
 def test_what_both_lack_is_an_error(toy: ChipSpec) -> None:
@@ -125,7 +127,7 @@ def test_what_both_lack_is_an_error(toy: ChipSpec) -> None:
 
 def test_energy_is_power_times_time_or_unknown(toy: ChipSpec) -> None:
     paid = cost(toy, Work(vector_flops=33))
-    assert paid.energy_pj == -(-35 * paid.ps // 10) == 3_503_612
+    assert paid.energy_pj == -(-35 * paid.ps // 10) == 3_507_221
     assert cost(load_chip("mini"), Work(vector_flops=33)).energy_pj is None
 
 

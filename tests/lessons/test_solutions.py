@@ -13,7 +13,7 @@ CHECKS = {
     check_addition_seconds: lesson00.addition_seconds,
     check_training_bytes: lesson00.training_bytes,
     check_learning_rate: lesson06.learning_rate,
-    check_mfu: lesson06.mfu,
+    check_mfu: lesson06.mfu_causal,
     check_tile_efficiency: lesson06.tile_efficiency,
 }
 MISTAKES = [
@@ -34,7 +34,7 @@ MISTAKES = [
     (check_mfu, lambda r, N, L, D, T, p: r * 6 * N / p, "attention are missing"),
     (check_mfu, lambda r, N, L, D, T, p: r * 2 * N / p, "forward pass only"),  # forgot backward
     (check_mfu, lambda r, N, L, D, T, p: r * (6 * N + 12 * L * D * T) / p, "attention full"),
-    (check_mfu, lambda r, N, L, D, T, p: 100 * lesson06.mfu(r, N, L, D, T, p), "not a percentage"),
+    (check_mfu, lambda r, N, L, D, T, p: 100 * lesson06.mfu_causal(r, N, L, D, T, p), "not a percentage"),
     (check_tile_efficiency, lambda m, k, n, t: (m // t) * (k // t) * (n // t) * t**3 / (m * k * n), "round up"),
     (check_tile_efficiency, lambda m, k, n, t: 1 / lesson06.tile_efficiency(m, k, n, t), "upside down"),
     (check_tile_efficiency, lambda m, k, n, t: n / (math.ceil(n / t) * t), "all three sides"),

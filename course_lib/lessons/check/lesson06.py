@@ -32,7 +32,7 @@ def check_mfu(function: Callable[..., float]) -> bool:
     cases = []
     shapes = ((37_592.0, 802_816, 4, 128, 128, 256e9), (4_672.0, 6_607_077_376, 32, 4_096, 4_096, 313e12))
     for rate, weights, layers, width, context, peak in shapes:
-        right = solution.mfu(rate, weights, layers, width, context, peak)
+        right = solution.mfu_causal(rate, weights, layers, width, context, peak)
         attention = 6 * layers * width * (context + 1)
         mistakes = {
             rate * 6 * weights / peak: "that is the convention 6N; the products of attention are missing",
@@ -44,7 +44,7 @@ def check_mfu(function: Callable[..., float]) -> bool:
             1 / right: "upside down: FLOP/s that were used, over FLOP/s that there are",
         }
         cases.append(Case((rate, weights, layers, width, context, peak), right, mistakes))
-    return judge("mfu", function, cases, "%", "a fraction from 0 to 1", "convention 6N+attention causal", tolerance=1e-6)
+    return judge("mfu_causal", function, cases, "%", "a fraction from 0 to 1", "convention 6N+attention causal", tolerance=1e-6)
 
 
 def check_tile_efficiency(function: Callable[[int, int, int, int], float]) -> bool:

@@ -11,7 +11,7 @@ def learning_rate(step: int, steps: int, warmup: int, top: float) -> float:
     return top * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def mfu(tokens_per_second: float, weights: int, layers: int, width: int, context: int, peak: float) -> float:
+def mfu_causal(tokens_per_second: float, weights: int, layers: int, width: int, context: int, peak: float) -> float:
     """Model FLOPs utilisation by the convention 6N+attention causal: 6N + 6·L·D·(T+1) FLOPs a token, over the peak."""
     return tokens_per_second * (6 * weights + 6 * layers * width * (context + 1)) / peak
 

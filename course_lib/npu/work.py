@@ -6,6 +6,7 @@ Every count follows from shapes alone, by the formulas below; ``chip.cost`` turn
   attention are written as such products.
 * **Vector**: operations per element (``PER_OUTPUT``, ``PER_INPUT``), one for each arithmetic instruction
   that the textbook formula needs; exp, log, sqrt and reciprocal count as one, as the vector unit has them.
+  A multiplication and the addition after it are two instructions: ``chip.cost`` grants no fused multiply-add.
 * **Bytes**: each element that must be read is read once and each result is written once. An expanded
   tensor is read once, a table only where it is looked up, a buffer that is only overwritten is not read.
 """
@@ -37,12 +38,14 @@ PER_INPUT = {
 MOVES = {
     "copy", "clone", "_to_copy", "contiguous", "cat", "stack", "fill", "zero", "ones_like", "zeros_like", "full_like", "full",
     "embedding", "index", "index_select", "gather", "take", "masked_select", "nonzero", "repeat", "roll", "flip", "tril", "triu",
-    "constant_pad_nd", "slice_backward", "select_backward", "nll_loss_backward", "index_put", "scatter", "arange", "eye", "linspace",
+    "constant_pad_nd", "slice_backward", "select_backward", "nll_loss_backward", "arange", "eye", "linspace",
     "_foreach_zero", "_foreach_copy", "set", "resize", "masked_fill", "_unsafe_index", "new_zeros", "new_ones", "new_full", "scalar_tensor",
     "slice_scatter", "select_scatter", "_local_scalar_dense", "isin",
 }
 LOOKUPS = {"embedding", "index", "index_select", "gather", "take", "_unsafe_index"}  # read only what they return
 SCATTERS = {"index_put", "_index_put_impl", "scatter", "scatter_add", "index_add", "index_copy", "scatter_reduce"}  # touch only what they get
+ADDS = {"scatter_add", "index_add", "scatter_reduce"}  # … and add it to what is there
+POOLS = {"max_pool2d_with_indices", "avg_pool2d", "max_pool3d_with_indices", "avg_pool3d"}  # one operation per element of a window
 # AdamW per parameter: decay 1; m 3; v 4; root, bias and ε 3; quotient, step and subtraction 3.
 ADAMW = 14
 # Flash attention per (query, key) pair. Forward: scale, max, subtract, exp, sum. Backward: scale, subtract, exp, subtract, multiply.
@@ -76,9 +79,10 @@ def work(func: torch._ops.OpOverload, args: tuple, kwargs: dict, outs: list[torc
     read = sum(touched(t) for t in outs) + distinct(reads[1:]) if name in LOOKUPS else distinct(reads)
     written = distinct(writes)
     if name in SCATTERS:
-        source = distinct(reads[1:])
-        read, written = source, source
+        return _scatter(func, name, args, kwargs, reads, outs)
     flops = _vector_flops(name, reads, outs or writes)
+    if name in POOLS:
+        flops *= math.prod(args[1])
     dtype = dtype_name((reads or outs)[0].dtype) if reads or outs else "float32"
     return Work(vector_flops=flops, vector_dtype=dtype, bytes_read=read, bytes_written=written)
 
@@ -126,18 +130,49 @@ def _vector_flops(name: str, reads: list, outs: list) -> int:
     return per * sum(t.numel() for t in over)
 
 
+def _scatter(func: torch._ops.OpOverload, name: str, args: tuple, kwargs: dict, reads: list, outs: list) -> Work:
+    """Elements put at indices: in place only they are touched, else the whole is copied as well."""
+    target = args[0]
+    count, adds = _places(name, args), name in ADDS or (args[3] if len(args) > 3 else kwargs.get("accumulate")) is True
+    nbytes = count * target.element_size()
+    read = distinct(reads[1:]) + (nbytes if adds else 0)
+    copied = (0, 0) if func._schema.name.endswith("_") else (touched(target), distinct(outs) - nbytes)
+    return Work(vector_flops=count if adds else 0, vector_dtype=dtype_name(target.dtype), bytes_read=read + copied[0], bytes_written=nbytes + copied[1])
+
+
+def _places(name: str, args: tuple) -> int:
+    """How many elements are put. A mask may choose any of those it covers, so it counts as all."""
+    target = args[0]
+    if "index_put" in name:
+        indices = [i for i in args[1] if i is not None]
+        covered = [n for i, n in zip(args[1], target.shape) if i is not None] if all(i.dtype != torch.bool for i in indices) else None
+        if covered is None:
+            return target.numel()
+        return math.prod(torch.broadcast_shapes(*[i.shape for i in indices])) * target.numel() // max(math.prod(covered), 1)
+    if name in ("index_add", "index_copy"):
+        return args[3].numel()
+    return args[2].numel()  # scatter: one for each index
+
+
 # -- products of matrices -----------------------------------------------------------------------------
+
+
+def product(batch: int, m: int, k: int, n: int, dtype: torch.dtype) -> Matmul:
+    """A product (M, K) × (K, N) for each of ``batch``; a complex one is four real ones."""
+    if dtype.is_complex:
+        return Matmul(4 * batch, m, k, n, dtype_name(dtype.to_real()))
+    return Matmul(batch, m, k, n, dtype_name(dtype))
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor) -> Matmul:
     """(M, K) × (K, N), with an optional leading batch."""
     batch = a.shape[0] if a.dim() == 3 else 1
-    return Matmul(batch, a.shape[-2], a.shape[-1], b.shape[-1], dtype_name(a.dtype))
+    return product(batch, a.shape[-2], a.shape[-1], b.shape[-1], a.dtype)
 
 
 def _linear(a: tuple) -> list[Matmul]:
     """(…, K) × (N, K)ᵀ."""
-    return [Matmul(1, math.prod(a[0].shape[:-1]), a[0].shape[-1], a[1].shape[0], dtype_name(a[0].dtype))]
+    return [product(1, math.prod(a[0].shape[:-1]), a[0].shape[-1], a[1].shape[0], a[0].dtype)]
 
 
 _MATMULS = {
@@ -147,10 +182,10 @@ _MATMULS = {
     "addmm": lambda a: [_mm(a[1], a[2])],
     "baddbmm": lambda a: [_mm(a[1], a[2])],
     "addbmm": lambda a: [_mm(a[1], a[2])],
-    "mv": lambda a: [Matmul(1, a[0].shape[0], a[0].shape[1], 1, dtype_name(a[0].dtype))],
-    "addmv": lambda a: [Matmul(1, a[1].shape[0], a[1].shape[1], 1, dtype_name(a[1].dtype))],
-    "dot": lambda a: [Matmul(1, 1, a[0].shape[0], 1, dtype_name(a[0].dtype))],
-    "vdot": lambda a: [Matmul(1, 1, a[0].shape[0], 1, dtype_name(a[0].dtype))],
+    "mv": lambda a: [product(1, a[0].shape[0], a[0].shape[1], 1, a[0].dtype)],
+    "addmv": lambda a: [product(1, a[1].shape[0], a[1].shape[1], 1, a[1].dtype)],
+    "dot": lambda a: [product(1, 1, a[0].shape[0], 1, a[0].dtype)],
+    "vdot": lambda a: [product(1, 1, a[0].shape[0], 1, a[0].dtype)],
 }
 
 
@@ -175,9 +210,8 @@ def _convolution(args: tuple, kwargs: dict, outs: list) -> Work:
     transposed = args[6]
     image = x if transposed else outs[0]  # a transposed convolution is the gradient of a plain one
     batch, m, k, n = _conv_matmul(x, weight, image.shape, groups)
-    product = Matmul(batch, m, k, n, dtype_name(x.dtype))
     reads = [t for t in (x, weight, bias) if t is not None]
-    return Work(matmuls=(product,), vector_flops=outs[0].numel() if bias is not None else 0, vector_dtype=dtype_name(x.dtype), bytes_read=distinct(reads), bytes_written=distinct(outs))
+    return Work(matmuls=(product(batch, m, k, n, x.dtype),), vector_flops=outs[0].numel() if bias is not None else 0, vector_dtype=dtype_name(x.dtype), bytes_read=distinct(reads), bytes_written=distinct(outs))
 
 
 def _convolution_backward(args: tuple, kwargs: dict, outs: list) -> Work:

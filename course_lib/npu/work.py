@@ -132,12 +132,13 @@ def _vector_flops(name: str, reads: list, outs: list) -> int:
 
 def _scatter(func: torch._ops.OpOverload, name: str, args: tuple, kwargs: dict, reads: list, outs: list) -> Work:
     """Elements put at indices: in place only they are touched, else the whole is copied as well."""
-    target = args[0]
-    count, adds = _places(name, args), name in ADDS or (args[3] if len(args) > 3 else kwargs.get("accumulate")) is True
-    nbytes = count * target.element_size()
-    read = distinct(reads[1:]) + (nbytes if adds else 0)
-    copied = (0, 0) if func._schema.name.endswith("_") else (touched(target), distinct(outs) - nbytes)
-    return Work(vector_flops=count if adds else 0, vector_dtype=dtype_name(target.dtype), bytes_read=read + copied[0], bytes_written=nbytes + copied[1])
+    target, count = args[0], _places(name, args)
+    adds = name in ADDS or (args[3] if len(args) > 3 else kwargs.get("accumulate")) is True
+    read, written = distinct(reads), distinct(outs)
+    if func._schema.name.endswith("_"):
+        written = count * target.element_size()
+        read = distinct(reads[1:]) + (written if adds else 0)
+    return Work(vector_flops=count if adds else 0, vector_dtype=dtype_name(target.dtype), bytes_read=read, bytes_written=written)
 
 
 def _places(name: str, args: tuple) -> int:
@@ -145,10 +146,10 @@ def _places(name: str, args: tuple) -> int:
     target = args[0]
     if "index_put" in name:
         indices = [i for i in args[1] if i is not None]
-        covered = [n for i, n in zip(args[1], target.shape) if i is not None] if all(i.dtype != torch.bool for i in indices) else None
-        if covered is None:
+        if any(i.dtype == torch.bool for i in indices):
             return target.numel()
-        return math.prod(torch.broadcast_shapes(*[i.shape for i in indices])) * target.numel() // max(math.prod(covered), 1)
+        kept = math.prod(n for n, i in zip(target.shape, [*args[1], *[None] * target.dim()]) if i is None)
+        return kept * math.prod(torch.broadcast_shapes(*[i.shape for i in indices]))
     if name in ("index_add", "index_copy"):
         return args[3].numel()
     return args[2].numel()  # scatter: one for each index

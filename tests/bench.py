@@ -4,6 +4,7 @@ Each comparison is made in pairs in one process, the two sides in turn, and quot
 """
 
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from collections.abc import Callable
 import torch
 
 from course_lib import npu
-from course_lib.llm.config import preset
+from course_lib.llm.config import Config, preset
 from course_lib.llm.model import Transformer
+from course_lib.npu import runtime
 
 IMPORT = "import json,time; a=time.perf_counter(); import torch; b=time.perf_counter(); import course_lib.npu; print(json.dumps([b-a, time.perf_counter()-b]))"
 
@@ -78,6 +80,26 @@ def operator_overhead(calls: int = 2000, pairs: int = 7) -> tuple[float, float]:
     return tuple(1e6 * statistics.median(column) / calls for column in (cpu, emulated))
 
 
+def shape_only_step() -> tuple[float, float, float]:
+    """Host seconds of one training step of a Llama-like model without numbers; parameters in billions; peak memory in GB."""
+    npu.use("ascend-910b2", numerics=False)
+    memory = runtime.devices[0].memory
+    memory.capacity = memory.limit = 2**42  # a chip that is large enough
+    config = Config(vocab_size=32000, context=4096, width=8192, layers=80, heads=64, kv_heads=8, feed_forward=28672, tied=False)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="npu")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.zeros(1, config.context, dtype=torch.long, device="npu")
+
+    def step() -> None:
+        with npu.ledger():
+            model(tokens, tokens).backward()
+            optimizer.step()
+
+    return seconds(step), model.num_parameters() / 1e9, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def main() -> None:
     torch.set_num_threads(1)
     npu.use("ascend-910b2")
@@ -88,6 +110,8 @@ def main() -> None:
         print(f"training step of {name}: {1e3 * emulated:.1f} ms on npu with ledger, {1e3 * cpu:.1f} ms on cpu, median ratio {ratio:.2f} (to reach: {goal}); {operators} operators")
     cpu_us, npu_us = operator_overhead()
     print(f"smallest operator: {npu_us:.1f} µs on npu with ledger, {cpu_us:.1f} µs on cpu")
+    took, billions, gib = shape_only_step()
+    print(f"shape-only step of {billions:.1f} B parameters: {took:.2f} s of host time, {gib:.2f} GiB in all (to reach: 5 s, 2 GB)")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,16 @@ from course_lib.npu.memory import Block, CachingAllocator, format_size
 DEFAULT_CHIP = "mini"
 
 
+class NeedsValues(RuntimeError):
+    """Something asked for a number in shape-only mode, where there are only shapes."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} needs numbers, and in shape-only mode (npu.use(…, numerics=False)) there are only shapes. "
+            "Leave it out, or run a smaller model with numerics=True."
+        )
+
+
 class Device:
     """One emulated chip: its figures, memory, streams and random numbers."""
 
@@ -112,14 +122,18 @@ def follow(held: Held, storage: torch.UntypedStorage) -> None:
         ledger.memory_changed(held, held.block.size + change)
 
 
-def use(chip: str | Path | ChipSpec | None = None, count: int = 1) -> ChipSpec:
+def use(chip: str | Path | ChipSpec | None = None, count: int = 1, numerics: bool = True) -> ChipSpec:
     """Put ``count`` devices of ``chip`` under the program and set the clocks to zero.
+
+    With ``numerics=False`` tensors have shapes and no numbers (*shape-only*): a model of any size runs in no memory,
+    and what needs a value raises NeedsValues. Build such a model without numbers too: ``with torch.device("npu"):``,
+    or on "meta" and then ``to_empty(device="npu")``.
 
     ``chip`` is a name from ``data/chips`` (or a path, or a ChipSpec); None means ``COURSE_CHIP`` or "mini".
     Tensors that live go on living, on the new chip; torch.OutOfMemoryError if they do not fit there,
     and then the old chip stays.
     """
-    global devices, current, host
+    global devices, current, host, backing
     real.refuse("use()")
     if type(count) is not int or count < 1:
         raise ValueError(f"use(count={count!r}): the number of devices must be a whole number from 1 on")
@@ -130,7 +144,11 @@ def use(chip: str | Path | ChipSpec | None = None, count: int = 1) -> ChipSpec:
     spec = chip if isinstance(chip, ChipSpec) else load_chip(chip or os.environ.get("COURSE_CHIP") or DEFAULT_CHIP)
     new_host = Host()
     fresh = [Device(i, spec, new_host) for i in range(count)]
+    new_backing = torch.device("cpu" if numerics else "meta")
+    if live and new_backing != backing:
+        raise RuntimeError(f"use(numerics={numerics}): {len(live)} storages live on npu, with{'out' if numerics else ''} numbers; delete their tensors first")
     _move_in(fresh)
+    backing = new_backing
     for old, new in zip(devices, fresh):
         new.generator = old.generator
     devices, current, host = fresh, min(current, count - 1), new_host
@@ -159,6 +177,7 @@ def device(index: int | None) -> Device:
 
 
 host = Host()
+backing = torch.device("cpu")  # where the numbers lie; "meta" when there are none
 devices: list[Device] = []
 current = 0
 live: dict[int, Held] = {}

@@ -19,12 +19,12 @@ import torch
 
 from course_lib.chip.cost import Cost, Work, cost
 from course_lib.npu import ops, runtime
-from course_lib.npu.work import base_name, tensors_in, work
+from course_lib.npu.work import POOLS, base_name, tensors_in, work
 
 FREE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_reshape_alias", "set", "resize", "record_stream", "_has_compatible_shallow_copy_type", "is_same_size"}
 PLAIN = {int, float, bool, type(None), torch.dtype, str}
 HOST = -1  # in place of a device index: the result is to lie in host memory
-NEEDS_ARGUMENTS = {"convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
+NEEDS_ARGUMENTS = POOLS | {"index_put", "_index_put_impl", "convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 
 
 class NpuTensor(torch.Tensor):
@@ -46,7 +46,8 @@ class NpuTensor(torch.Tensor):
     # -- what a tensor does outside of operators --
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        text = repr(self.detach().cpu())
+        shape_only = self._inner.device.type == "meta"
+        text = f"tensor(..., size={tuple(self.shape)}, dtype={self.dtype})" if shape_only else repr(self.detach().cpu())
         grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn else ", requires_grad=True" if self.requires_grad else ""
         prefix = "Parameter containing:\n" if getattr(self, "_is_param", False) else ""
         return f"{prefix}{text[:-1]}, device='{self.device}'{grad})"
@@ -236,7 +237,7 @@ def _unwrap_kwargs(kwargs: dict, seen: list[NpuTensor]) -> tuple[dict, int | Non
 
 
 def _host_device(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "npu" else device
+    return runtime.backing if device.type == "npu" else device
 
 
 def _foreign(t: torch.Tensor) -> torch.Tensor:
@@ -260,8 +261,10 @@ def _one_device(info: Info, seen: list[NpuTensor], index: int | None) -> int:
 def _compute(info: Info, args: list, kwargs: dict, device: runtime.Device) -> Any:
     """The operator by the CPU's kernel."""
     try:
-        return _draw(info, args, kwargs, device) if info.random else info.kernel(*args, **kwargs)
+        return _draw(info, args, kwargs, device) if info.random and runtime.backing.type == "cpu" else info.kernel(*args, **kwargs)
     except RuntimeError as error:
+        if runtime.backing.type == "meta" and isinstance(error, NotImplementedError):
+            raise runtime.NeedsValues(info.name) from error
         if "DefaultCPUAllocator" in str(error):  # more than the host has: the device refuses first, if it would
             device.memory.allocate(int(re.search(r"allocate (\d+) bytes", str(error))[1]))
         raise

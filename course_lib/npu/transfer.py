@@ -34,6 +34,11 @@ def move(name: str, device: runtime.Device, inner: torch.Tensor, wait: bool) -> 
         device.current.wait()
 
 
+def _has_numbers(source: NpuTensor, what: str) -> None:
+    if source._inner.device.type == "meta":
+        raise runtime.NeedsValues(what)
+
+
 def between(source: NpuTensor, target: runtime.Device) -> None:
     """Charge a copy from one device to another; both streams are busy with it, through host memory."""
     origin = runtime.devices[source._held.index]
@@ -53,10 +58,11 @@ def _to_copy(info: Info, args: tuple, kwargs: dict) -> Any:
         return run(info, args, kwargs)
     host = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking", "pin_memory")}
     if origin is None:
-        out = wrap(aten._to_copy.default(source, **host), target)
+        out = wrap(aten._to_copy.default(source, **host, device=runtime.backing), target)
         move("copy_host_to_device", runtime.devices[target], out._inner, wait)
         return out
     if target is None:
+        _has_numbers(source, "a copy to the host")
         move("copy_device_to_host", runtime.devices[origin], source._inner, wait)
         return aten._to_copy.default(source._inner, **host, device=device)
     between(source, runtime.devices[target])
@@ -69,6 +75,7 @@ def _copy_(info: Info, args: tuple, kwargs: dict) -> Any:
     target, source = args[:2]
     wait = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
     if not isinstance(target, NpuTensor):
+        _has_numbers(source, "a copy to the host")
         move("copy_device_to_host", runtime.devices[source._held.index], source._inner, wait)
         target.copy_(source._inner)
     elif not isinstance(source, NpuTensor):
@@ -90,6 +97,7 @@ def _copy_from(info: Info, args: tuple, kwargs: dict) -> Any:
 @handler(aten._local_scalar_dense.default)
 def _local_scalar_dense(info: Info, args: tuple, kwargs: dict) -> Any:
     """``.item()``: a few bytes cross the link, and the host waits for them."""
+    _has_numbers(args[0], ".item()")
     move("item", runtime.devices[args[0]._held.index], args[0]._inner, wait=True)
     return args[0]._inner.item()
 

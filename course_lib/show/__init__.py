@@ -1,16 +1,25 @@
 """Figures and tables that read from the back row and in grey. Each prints a computed sentence that says the same in words.
 
-    >>> from course_lib import show
-    >>> show.quantity(1_234_000_000, "FLOP")
-    '1.23 GFLOP'
+>>> from course_lib import show
+>>> show.quantity(1_234_000_000, "FLOP")
+'1.23 GFLOP'
 """
 
-from course_lib.show.memory import memory_over_step
-from course_lib.show.phases import phase_bars
-from course_lib.show.timeline import timeline
-from course_lib.show.training import batch_choices, loss_curve, time_budget, utilisation_curve
-from course_lib.show.units import quantity
+from importlib import import_module
 
-__all__ = [
-    "batch_choices", "loss_curve", "memory_over_step", "phase_bars", "quantity", "time_budget", "timeline", "utilisation_curve",
-]  # fmt: skip
+PLACES = {
+    "batch_choices": "training", "loss_curve": "training", "memory_over_step": "memory", "phase_bars": "phases",
+    "quantity": "units", "time_budget": "training", "timeline": "streams", "utilisation_curve": "training",
+}  # fmt: skip
+__all__ = [*PLACES]
+
+
+def __getattr__(name: str) -> object:
+    """A figure's function, imported when it is first asked for: matplotlib takes a second."""
+    if name not in PLACES:
+        raise AttributeError(f"module 'course_lib.show' has no attribute {name!r}; there are {', '.join(PLACES)}")
+    return getattr(import_module(f"course_lib.show.{PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(PLACES)

@@ -1,7 +1,8 @@
 """Numbers with their unit, three digits long: 1.23 GFLOP, 4.50 MiB, 12.3 µs.
 
-    >>> quantity(4.5 * 2**20, "B"), quantity(12.34e-6, "s"), quantity(0.7655, "%")
-    ('4.50 MiB', '12.3 µs', '76.5 %')
+>>> from course_lib.show.units import quantity
+>>> quantity(4.5 * 2**20, "B"), quantity(12.34e-6, "s"), quantity(0.7655, "%")
+('4.50 MiB', '12.3 µs', '76.5 %')
 """
 
 LARGE = ("", "k", "M", "G", "T", "P", "E")

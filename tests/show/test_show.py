@@ -1,12 +1,16 @@
 """Figures: each draws, and prints the sentence that says the same. Units: three digits and the right prefix."""
 
+import doctest
+import subprocess
+import sys
+
 import matplotlib
 import pytest
 import torch
 from matplotlib import pyplot as plt
 
 from course_lib import npu, show
-from course_lib.show import style
+from course_lib.show import style, units
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +100,22 @@ def test_grey_says_the_same() -> None:
     for meanings in (style.PHASES, style.MEMORY):
         assert len({hatch for _, hatch in meanings.values()}) == len({colour for colour, _ in meanings.values()}) == len(meanings)
     assert matplotlib.rcParams["font.size"] != style.LOOK["font.size"], "the look stays inside the figures"
+
+
+def test_names() -> None:
+    assert all(callable(getattr(show, name)) for name in show.__all__) and dir(show) == sorted(show.__all__)
+    with pytest.raises(AttributeError, match="there are"):
+        show.pie
+
+
+def test_importing_the_lessons_is_light() -> None:
+    """The notebooks' tools and every test's start import it."""
+    code = "import sys, course_lib.lessons; print(*{'torch', 'matplotlib', 'pandas', 'course_lib.npu'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+
+
+def test_examples() -> None:
+    for module in (show, units):
+        failed, tried = doctest.testmod(module)
+        assert tried and not failed

@@ -17,6 +17,7 @@ from course_lib.npu.streams import Event, Stream, _index, current_stream, defaul
 from course_lib.npu.tensor import NpuTensor
 
 __all__ = ["Event", "Stream", "current_stream", "default_stream", "set_stream", "stream"]
+_initialized = True  # checkpointing asks before it keeps the state of the random numbers
 _kept: list = []  # torch.library registrations live as long as their objects
 
 

@@ -15,6 +15,7 @@ import torch
 from course_lib.chip.spec import ChipSpec, load_chip
 from course_lib.npu import real
 from course_lib.npu.clock import PS_PER_S, Host, Timeline
+from course_lib.npu.generator import Generator
 from course_lib.npu.memory import Block, CachingAllocator, format_size
 
 DEFAULT_CHIP = "mini"
@@ -40,7 +41,7 @@ class Device:
         self.launch_ps = round(spec.require("launch_host") * PS_PER_S)
         self.streams: list[Timeline] = []
         self.default = self.current = self.new_stream()
-        self.generator = torch.Generator()
+        self.generator = Generator(index)
         self.costs: dict = {}  # (operator, shapes, dtypes) → Cost, filled by tensor.py
 
     def new_stream(self) -> Timeline:

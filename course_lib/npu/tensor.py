@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from course_lib.chip.cost import Cost, Work, cost
+from course_lib.chip.cost import Cost, UnsupportedDtype, Work, cost
 from course_lib.npu import ops, runtime
+from course_lib.npu.generator import draw
 from course_lib.npu.work import POOLS, base_name, tensors_in, work
 
 FREE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_reshape_alias", "set", "resize", "record_stream", "_has_compatible_shallow_copy_type", "is_same_size"}
@@ -137,7 +138,7 @@ class Info:
         self.in_place = bool(written) and not written[0].is_out and len(schema.returns) == 1 and schema.returns[0].alias_info is not None
         self.outs = [a.name for a in written if a.is_out]
         self.random = torch.Tag.nondeterministic_seeded in func.tags
-        self.takes_generator = any(a.name == "generator" for a in schema.arguments)
+        self.takes_generator = any(a.name == "generator" and a.kwarg_only for a in schema.arguments)
         self.waits = torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
         self.needs_arguments = self.name in NEEDS_ARGUMENTS
         self.handler = HANDLERS.get(func)
@@ -261,27 +262,13 @@ def _one_device(info: Info, seen: list[NpuTensor], index: int | None) -> int:
 def _compute(info: Info, args: list, kwargs: dict, device: runtime.Device) -> Any:
     """The operator by the CPU's kernel."""
     try:
-        return _draw(info, args, kwargs, device) if info.random and runtime.backing.type == "cpu" else info.kernel(*args, **kwargs)
+        return draw(info.kernel, info.takes_generator, args, kwargs, device.generator) if info.random and runtime.backing.type == "cpu" else info.kernel(*args, **kwargs)
     except RuntimeError as error:
         if runtime.backing.type == "meta" and isinstance(error, NotImplementedError):
             raise runtime.NeedsValues(info.name) from error
         if "DefaultCPUAllocator" in str(error):  # more than the host has: the device refuses first, if it would
             device.memory.allocate(int(re.search(r"allocate (\d+) bytes", str(error))[1]))
         raise
-
-
-def _draw(info: Info, args: list, kwargs: dict, device: runtime.Device) -> Any:
-    """A random operator, with numbers from the device's own generator."""
-    if info.takes_generator:
-        kwargs = kwargs | {"generator": kwargs.get("generator") or device.generator}
-        return info.kernel(*args, **kwargs)
-    state = torch.get_rng_state()
-    torch.set_rng_state(device.generator.get_state())
-    try:
-        return info.kernel(*args, **kwargs)
-    finally:
-        device.generator.set_state(torch.get_rng_state())
-        torch.set_rng_state(state)
 
 
 # -- results ------------------------------------------------------------------------------------------
@@ -372,5 +359,14 @@ def price_of(device: runtime.Device, key: tuple, reckon: Callable[[], Work], ten
     """What is known under ``key``, or the cost of the work that ``reckon`` gives and the shapes of ``tensors``."""
     found = device.costs.get(key)
     if found is None:
-        found = device.costs[key] = cost(device.spec, reckon()), tuple(tuple(t.shape) for t in tensors)
+        try:
+            price = cost(device.spec, reckon())
+        except UnsupportedDtype as error:
+            name = key[0] if isinstance(key[0], str) else key[0].name
+            raise ChipLacksDtype(f"{name} on npu:{device.index}: {error}") from None
+        found = device.costs[key] = price, tuple(tuple(t.shape) for t in tensors)
     return found
+
+
+class ChipLacksDtype(UnsupportedDtype, NotImplementedError):
+    """An operator in a dtype in which the chip has no arithmetic."""

@@ -70,8 +70,8 @@ def distinct(tensors: list[torch.Tensor]) -> int:
 def work(func: torch._ops.OpOverload, args: tuple, kwargs: dict, outs: list[torch.Tensor]) -> Work:
     """The Work of one call of ``func`` on host tensors ``args`` that gave ``outs`` (all of them, also written arguments)."""
     name = base_name(func)
-    if name in _SPECIAL:
-        return _SPECIAL[name](args, kwargs, outs)
+    if name in SPECIAL:
+        return SPECIAL[name](args, kwargs, outs)
     reads, writes = _operands(func, args, kwargs)
     writes = writes or outs
     if name in _MATMULS:
@@ -179,6 +179,9 @@ def _linear(a: tuple) -> list[Matmul]:
 _MATMULS = {
     "linear": _linear,
     "mm": lambda a: [_mm(a[0], a[1])],
+    "_int_mm": lambda a: [_mm(a[0], a[1])],
+    "_scaled_mm": lambda a: [_mm(a[0], a[1])],
+    "_grouped_mm": lambda a: _grouped(a),
     "bmm": lambda a: [_mm(a[0], a[1])],
     "addmm": lambda a: [_mm(a[1], a[2])],
     "baddbmm": lambda a: [_mm(a[1], a[2])],
@@ -188,6 +191,20 @@ _MATMULS = {
     "dot": lambda a: [product(1, 1, a[0].shape[0], 1, a[0].dtype)],
     "vdot": lambda a: [product(1, 1, a[0].shape[0], 1, a[0].dtype)],
 }
+
+
+def even_groups(rows: int, groups: int, k: int, n: int, dtype: str) -> list[Matmul]:
+    """(rows, K) × (K, N) with another matrix for each of ``groups``. How many rows each has only the numbers tell: an even split."""
+    each, more = divmod(rows, groups)
+    return [Matmul(b, m, k, n, dtype) for b, m in ((groups - more, each), (more, each + 1)) if b and m]
+
+
+def _grouped(a: tuple) -> list[Matmul]:
+    """``F.grouped_mm``: groups of rows (2-D × 3-D), of columns (3-D × 2-D), of the inner dimension (2-D × 2-D), or a batch."""
+    (m, k), n, dtype = a[0].shape[-2:], a[1].shape[-1], dtype_name(a[0].dtype)
+    if a[0].dim() == a[1].dim():
+        return [_mm(a[0], a[1])]  # the same FLOPs whether the inner dimension is in groups or not
+    return even_groups(m, a[1].shape[0], k, n, dtype) if a[0].dim() == 2 else even_groups(n, a[0].shape[0], k, m, dtype)
 
 
 def _matmul_work(name: str, args: tuple, outs: list, reads: list, writes: list) -> Work:
@@ -245,7 +262,8 @@ def _attention(args: tuple, kwargs: dict, outs: list, products: int, backward: b
     B, H, T, K = q.shape  # grouped heads: each query head still meets every key
     rows, columns = attention_pairs(T, k.shape[2], causal)
     matmul = Matmul(B * H, rows, K, columns, dtype_name(q.dtype))
-    reads = tensors_in(args[:6]) if backward else [t for t in (q, k, v, kwargs.get("attn_mask")) if t is not None]
+    mask = tensors_in(kwargs.get("attn_mask"))
+    reads = tensors_in(args[:6]) + mask if backward else [q, k, v, *mask]
     return Work(
         matmuls=(matmul,) * products, vector_flops=ATTENTION * B * H * rows * columns, vector_dtype="float32",
         bytes_read=distinct(reads), bytes_written=distinct(outs),
@@ -276,7 +294,7 @@ def _embedding_backward(args: tuple, kwargs: dict, outs: list) -> Work:
     return Work(vector_flops=grad.numel(), vector_dtype=dtype_name(grad.dtype), bytes_read=distinct([grad, indices]), bytes_written=distinct(outs))
 
 
-_SPECIAL = {
+SPECIAL = {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
     "_scaled_dot_product_flash_attention_for_cpu": lambda a, k, o: _attention(a, k, o, products=2, backward=False),

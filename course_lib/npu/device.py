@@ -191,9 +191,9 @@ def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
     rows = [("Allocated memory", "allocated_bytes"), ("Active memory", "active_bytes"), ("Requested memory", "requested_bytes"),
             ("Reserved memory", "reserved_bytes"), ("Non-releasable memory", "inactive_split_bytes"),
             ("Allocations", "allocation"), ("Segments", "segment"), ("Non-releasable allocs", "inactive_split")]  # fmt: skip
-    line = "|" + "-" * 81 + "|"
-    out = [line, f"|{f'NPU memory summary, device {index}: {get_device_name(index)}':^81}|",
-           "|" + "OOMs: {num_ooms}   retries after freeing the cache: {num_alloc_retries}".format(**stats).center(81) + "|", line,
+    line = "|" + "-" * 83 + "|"
+    out = [line, f"|{f'NPU memory summary, device {index}: {get_device_name(index)}':^83}|",
+           "|" + "OOMs: {num_ooms}   retries after freeing the cache: {num_alloc_retries}".format(**stats).center(83) + "|", line,
            f"| {'':<24}| {'now':>12} | {'peak':>12} | {'allocated':>12} | {'freed':>10} |", line]  # fmt: skip
     for label, name in rows:
         for pool in ("all",) if abbreviated else ("all", "large_pool", "small_pool"):

@@ -37,7 +37,10 @@ def run_backward(*args: Any, **kwargs: Any) -> Any:
             raise
     finally:
         _set_threads(threads)
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # or its traceback would hold this frame, and so itself, and all tensors on its way
 
 
 class CtrlC:

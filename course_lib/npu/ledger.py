@@ -256,10 +256,9 @@ class Ledger:
 
     def export_chrome_trace(self, path: str) -> None:
         """Write a timeline that Perfetto (ui.perfetto.dev) and chrome://tracing open."""
-        from course_lib.npu.profiler import chrome_trace
+        from course_lib.npu.trace import chrome_trace, write_json
 
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(chrome_trace(self), file)
+        write_json(chrome_trace(self), path)
 
 
 def ledger() -> Ledger:

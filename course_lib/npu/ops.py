@@ -1,7 +1,7 @@
 """Fused operators: one kernel where PyTorch's own decomposition would launch many.
 
 * ``F.scaled_dot_product_attention`` is flash attention: its memory grows with T, not T², and nothing is
-  computed above the diagonal.
+  computed above the diagonal. See fused_attention.py for what PyTorch's kernel cannot do.
 * ``F.rms_norm`` is one kernel forward and one backward, ``npu_rms_norm`` on a real NPU.
 * ``F.linear`` stays whole, see linear.py.
 * The cells of LSTM and GRU are one kernel a step besides their products.
@@ -15,13 +15,30 @@ aten = torch.ops.aten
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """``F.scaled_dot_product_attention``: query (B, H, T, K), key and value (B, H or groups, S, K)."""
-    fits = query.dim() == 4 and dropout_p == 0.0 and query.shape[-1] == value.shape[-1] and query.is_floating_point()
-    if not fits:
+    """``F.scaled_dot_product_attention``: query (B, H, T, K), key and value (B, H or groups, S, K).
+
+    PyTorch's flash kernel where it applies, else ``npu_fusion_attention``: dropout, values of another width, three or
+    five dimensions, any strides, any mask. Without either, unfused: a mask with a gradient, batches to be expanded.
+    """
+    if not _flash_fits(query, key, value, attn_mask, is_causal, enable_gqa):
         return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
-    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    plain = query.dim() == 4 and dropout_p == 0.0 and query.shape[-1] == value.shape[-1]
+    if plain and (attn_mask is None or attn_mask.dim() in (2, 4)) and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    from course_lib.npu import fused_attention
+
+    return fused_attention.scaled_dot_product(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def _flash_fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, grouped: bool) -> bool:
+    """Whether scores need not be kept; everything that PyTorch refuses is left to the unfused form to refuse."""
+    if q.dim() < 3 or not q.dim() == k.dim() == v.dim() or not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        return False
+    if mask is not None and (causal or mask.requires_grad or (mask.dtype not in (torch.bool, q.dtype))):
+        return False
+    (*batch, heads, T, K), (*batch_k, groups, S, K_k), (*batch_v, groups_v, S_v, _) = q.shape, k.shape, v.shape
+    same = batch == batch_k == batch_v and groups == groups_v and S == S_v and K == K_k
+    return same and T > 0 and S > 0 and (heads == groups or (grouped and groups > 0 and heads % groups == 0)) and q.numel() > 0 and v.numel() > 0
 
 
 def rms_norm(x, normalized_shape, weight=None, eps=None):
@@ -118,6 +135,9 @@ WHOLE = (aten.linear.default, aten.silu_backward.default, aten.mish_backward.def
 
 def register(explicit) -> list[torch.library.Library]:
     """Take operators over before PyTorch takes them apart; ``explicit(func)`` is a device kernel for ``func``."""
+    from course_lib.npu import numerics
+
+    numerics.attach()
     library = torch.library.Library("aten", "IMPL")
     for key in ("AutogradPrivateUse1", "PrivateUse1"):
         for func, own in OWN.items():

@@ -72,8 +72,9 @@ def chrome_trace(recording: Ledger | Recording, show: Show = Show()) -> dict[str
     r = Recording(recording) if isinstance(recording, Ledger) else recording
     events = [*_names(r.ledger, show)]
     if show.host:
-        outermost_first = sorted(r.spans[::-1], key=lambda s: (s.begin, -s.end))  # those that end together end inside out
-        events += [_span(s, r.ledger._began) for s in outermost_first]
+        spans = list(reversed(r.spans))  # noted as they ended: inside out
+        spans.sort(key=lambda s: (s.begin, -s.end))
+        events += [_span(s, r.ledger._began) for s in spans]
     for number, record in enumerate(r.ledger.records):
         events += _operator(number, record, r, show)
     if show.device:

@@ -31,7 +31,7 @@ def predict(what: str, value: float | None, unit: str = "") -> Prediction:
 
 
 def compare(prediction: Prediction | str, measured: float, unit: str = "", **others: float) -> None:
-    """Print what was measured; beside it the prediction and any `others` (closed_form=…), each with its ratio to measured.
+    """Print what was measured; beside it the prediction and any `others` (closed_form=…), each with its ratio.
 
     In place of a prediction a name and a unit will do, where only the others are compared.
     """

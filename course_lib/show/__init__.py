@@ -1,4 +1,4 @@
-"""Figures and tables that read from the back row and in grey. Each prints a computed sentence that says the same in words.
+"""Figures that read from the back row and in grey; each prints a computed sentence that says the same in words.
 
 >>> from course_lib import show
 >>> show.quantity(1_234_000_000, "FLOP")

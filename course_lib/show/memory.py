@@ -1,6 +1,6 @@
 """What lies in device memory while a step runs, stacked by category.
 
-    memory_over_step(ledger, capacity=spec.memory_bytes)
+memory_over_step(ledger, capacity=spec.memory_bytes)
 """
 
 from itertools import groupby
@@ -20,7 +20,7 @@ def categories(ledger: Ledger) -> list[str]:
 
 
 def memory_over_step(ledger: Ledger, capacity: int | None = None, title: str = "Device memory over one step") -> None:
-    """Bytes allocated against the host's clock, stacked by category, with the phases marked above and the chip's capacity."""
+    """Bytes allocated against the host's clock, stacked by category; the phases above, the chip's capacity dashed."""
     history, names = ledger.memory_over_time(), categories(ledger)
     times = [at / PS_PER_US for at, _ in history]
     levels = [[held.get(name, 0) / MIB for _, held in history] for name in names]
@@ -34,7 +34,13 @@ def memory_over_step(ledger: Ledger, capacity: int | None = None, title: str = "
             ax.axhline(capacity / MIB, color="black", linestyle="--", linewidth=1.5)
             ax.text(times[-1], capacity / MIB, f"capacity {quantity(capacity, 'B')} ", ha="right", va="bottom")
         _mark_phases(ax, ledger, 1.13 * top)
-        ax.set(xlim=(0, times[-1]), ylim=(0, 1.2 * top), xlabel="host time when the operator is launched (µs)", ylabel="allocated (MiB)", title=title)
+        ax.set(
+            xlim=(0, times[-1]),
+            ylim=(0, 1.2 * top),
+            xlabel="host time when the operator is launched (µs)",
+            ylabel="allocated (MiB)",
+            title=title,
+        )
         handles, labels = ax.get_legend_handles_labels()
         ax.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 0.95))
         style.finish(sentence(ledger, capacity))

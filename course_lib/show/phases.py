@@ -1,6 +1,6 @@
 """Where a step's time, FLOPs and bytes go: one bar each, cut by phase.
 
-    phase_bars(ledger)
+phase_bars(ledger)
 """
 
 import pandas
@@ -32,8 +32,16 @@ def phase_bars(ledger: Ledger, title: str = "One training step by phase") -> Non
                 ax.barh(place, 100 * share, left=100 * left, color=colour, hatch=hatch, edgecolor="white", height=0.7,
                         label=phase if place == 0 else None)  # fmt: skip
                 if share >= NARROW:
-                    box = dict(facecolor=colour, edgecolor="none", pad=2)
-                    ax.text(100 * (left + share / 2), place, f"{share:.0%}", ha="center", va="center", color=style.ink(colour), bbox=box)
+                    box = {"facecolor": colour, "edgecolor": "none", "pad": 2}
+                    ax.text(
+                        100 * (left + share / 2),
+                        place,
+                        f"{share:.0%}",
+                        ha="center",
+                        va="center",
+                        color=style.ink(colour),
+                        bbox=box,
+                    )
                 left += share
             ax.text(101, place, quantity(total.item(), unit), va="center")
         ax.set_yticks(range(len(MEASURES)), [name for name, _ in MEASURES])
@@ -46,7 +54,8 @@ def phase_bars(ledger: Ledger, title: str = "One training step by phase") -> Non
 def sentence(table: pandas.DataFrame) -> str:
     """What the bars say: each phase's share of time, FLOPs and bytes."""
     parts = [
-        f"{phase} {100 * row.time:.1f} % of the time, {100 * row.FLOPs:.1f} % of the FLOPs, {100 * row.bytes:.1f} % of the bytes"
+        f"{phase} {quantity(row.time, '%')} of the time, {quantity(row.FLOPs, '%')} of the FLOPs,"
+        f" {quantity(row.bytes, '%')} of the bytes"
         for phase, row in (table / table.sum()).iterrows()
     ]
     return "By phase: " + "; ".join(parts) + "."

@@ -1,4 +1,4 @@
-"""One look for all figures: Okabe–Ito colours, and beside each colour a hatch or a marker, so that grey says the same.
+"""One look for all figures: Okabe–Ito colours, and with each colour a hatch or a marker, so that grey says the same.
 
 Colours: Okabe and Ito, "Color Universal Design" (2008), told apart by all common kinds of colour vision.
 """
@@ -31,7 +31,8 @@ LOOK = {
     "figure.figsize": (9, 4.2), "figure.dpi": 100, "savefig.dpi": 100, "figure.constrained_layout.use": True,
     "font.size": 14, "axes.titlesize": 15, "axes.labelsize": 14, "legend.fontsize": 13, "axes.titlelocation": "left",
     "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False,
-    "lines.linewidth": 2.5, "lines.markersize": 8, "hatch.linewidth": 0.8, "hatch.color": "white", "legend.frameon": False,
+    "lines.linewidth": 2.5, "lines.markersize": 8, "hatch.linewidth": 0.8, "hatch.color": "white",
+    "legend.frameon": False,
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
 }  # fmt: skip
 

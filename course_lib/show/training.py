@@ -10,7 +10,13 @@ from course_lib.show.units import quantity
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
-def loss_curve(losses: Sequence[float], floor: float, validation: float, uniform: float | None = None, title: str = "Loss against its floor") -> None:
+def loss_curve(
+    losses: Sequence[float],
+    floor: float,
+    validation: float,
+    uniform: float | None = None,
+    title: str = "Loss against its floor",
+) -> None:
     """Training loss by step on logarithmic axes, the entropy below it, and the validation loss at the end.
 
     `uniform` is the loss of a model that knows nothing, ln V.
@@ -18,16 +24,28 @@ def loss_curve(losses: Sequence[float], floor: float, validation: float, uniform
     steps = range(1, len(losses) + 1)
     with style.figure(height=4.6) as (_, ax):
         ax.plot(steps, losses, color=style.BLUE, label="training loss")
-        ax.plot([len(losses)], [validation], marker="D", markersize=11, linestyle="none", color=style.ORANGE, label="validation loss at the end")
+        ax.plot(
+            [len(losses)],
+            [validation],
+            marker="D",
+            markersize=11,
+            linestyle="none",
+            color=style.ORANGE,
+            label="validation loss at the end",
+        )
         if uniform:
             ax.axhline(uniform, color=style.GREY, linestyle=":", label="knows nothing: ln V")
         ax.axhline(floor, color="black", linestyle="--", label="floor: entropy of the text")
         ax.fill_between([1, len(losses)], 0.01, floor, color=style.GREY, alpha=0.25, hatch="//", edgecolor="white")
-        ax.set(xscale="log", yscale="log", xlim=(1, 1.1 * len(losses)), ylim=(0.7 * floor, 1.4 * max(losses)), title=title)
+        ax.set(
+            xscale="log", yscale="log", xlim=(1, 1.1 * len(losses)), ylim=(0.7 * floor, 1.4 * max(losses)), title=title
+        )
         ax.set(xlabel="step", ylabel="loss (nats per token)")
         ticks = [t for t in (0.2, 0.5, 1, 2, 5) if t > 0.7 * floor]
         ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        ax.set_xticks(places := [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= len(losses)], [str(t) for t in places])
+        ax.set_xticks(
+            places := [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= len(losses)], [str(t) for t in places]
+        )
         ax.minorticks_off()
         ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.12))
         style.finish(loss_sentence(losses, floor, validation))
@@ -37,21 +55,28 @@ def loss_sentence(losses: Sequence[float], floor: float, validation: float) -> s
     """In words; rounded so far that it reads the same on every machine."""
     gap = next((step for step in STEPS if validation - floor <= step), None)
     near = f"within {gap:g} nats per token of" if gap else "far above"
-    return f"The loss starts at {losses[0]:.1f} nats per token; after {len(losses)} steps the validation loss is {near} the floor of {floor:.3f}."
+    begins = f"The loss starts at {losses[0]:.1f} nats per token"
+    return f"{begins}; after {len(losses)} steps the validation loss is {near} the floor of {floor:.3f}."
 
 
-def utilisation_curve(by_convention: dict[str, Sequence[float]], peak: str, title: str = "Utilisation over the run") -> None:
+def utilisation_curve(
+    by_convention: dict[str, Sequence[float]], peak: str, title: str = "Utilisation over the run"
+) -> None:
     """Utilisation (0 to 1) of each step, a line for each named convention; `peak` says what divides."""
     with style.figure(height=4.4) as (_, ax):
         for place, (name, values) in enumerate(by_convention.items()):
             steps = range(1, len(values) + 1)
             ax.plot(steps, [100 * v for v in values], color=style.COLOURS[place], linestyle=style.LINES[place % 4],
-                    marker=style.MARKERS[place], markevery=(5 * place, max(1, len(values) // 8)), label=f"MFU, {name}")  # fmt: skip
+                    marker=style.MARKERS[place], markevery=(5 * place, max(1, len(values) // 8)),
+                    label=f"MFU, {name}")  # fmt: skip
         ax.axhline(100, color="black", linewidth=1.5)
         ax.text(1, 98, peak, va="top")
         ax.set(xlim=(1, len(values)), ylim=(0, 105), xlabel="step", ylabel="share of peak (%)", title=title)
         ax.legend(loc="lower left")
-        parts = [f"{name} {quantity(min(values), '%')} to {quantity(max(values), '%')}" for name, values in by_convention.items()]
+        parts = [
+            f"{name} {quantity(min(values), '%')} to {quantity(max(values), '%')}"
+            for name, values in by_convention.items()
+        ]
         style.finish(f"MFU over {len(values)} steps, of the {peak}, lowest to highest step: {'; '.join(parts)}.")
 
 
@@ -61,9 +86,23 @@ def time_budget(parts: dict[str, float], unit_total: float, title: str = "Where 
         left = 0.0
         for place, (name, seconds) in enumerate(parts.items()):
             share = 100 * seconds / unit_total
-            ax.barh(place, share, left=left, color=style.COLOURS[place % 8], hatch=style.HATCHES[place % 8], edgecolor="white", height=0.75)
+            ax.barh(
+                place,
+                share,
+                left=left,
+                color=style.COLOURS[place % 8],
+                hatch=style.HATCHES[place % 8],
+                edgecolor="white",
+                height=0.75,
+            )
             beside = left + share + 1 if left < 60 else left - 1
-            ax.text(beside, place, f"{share:.1f} %  {quantity(seconds, 's')}", va="center", ha="left" if left < 60 else "right")
+            ax.text(
+                beside,
+                place,
+                f"{share:.1f} %  {quantity(seconds, 's')}",
+                va="center",
+                ha="left" if left < 60 else "right",
+            )
             left += share
         ax.set_yticks(range(len(parts)), list(parts))
         ax.invert_yaxis()
@@ -72,7 +111,12 @@ def time_budget(parts: dict[str, float], unit_total: float, title: str = "Where 
         style.finish(f"Of a step of {quantity(unit_total, 's')}: {shares}.")
 
 
-def batch_choices(rows: Sequence[tuple[str, float, int]], capacity: int, convention: str, title: str = "What a larger batch buys, and what it costs") -> None:
+def batch_choices(
+    rows: Sequence[tuple[str, float, int]],
+    capacity: int,
+    convention: str,
+    title: str = "What a larger batch buys, and what it costs",
+) -> None:
     """Utilisation and peak memory side by side for some ways to make a step: (name, MFU, peak bytes)."""
     names = [name for name, _, _ in rows]
     with style.figure(rows=1, ncols=2, height=0.55 * len(rows) + 1.7, sharey=True) as (fig, (left, right)):
@@ -82,7 +126,14 @@ def batch_choices(rows: Sequence[tuple[str, float, int]], capacity: int, convent
         right.axvline(capacity / 2**20, color="black", linestyle="--", linewidth=1.5)
         for place, (_, share, held) in zip(places, rows):
             left.text(100 * share - 1.5, place, quantity(share, "%"), ha="right", va="center", color="white")
-            right.text(held / 2**20 - 1.5, place, f"{held / 2**20:.0f}", ha="right", va="center", bbox=dict(facecolor=style.SKY, edgecolor="none", pad=2))
+            right.text(
+                held / 2**20 - 1.5,
+                place,
+                f"{held / 2**20:.0f}",
+                ha="right",
+                va="center",
+                bbox={"facecolor": style.SKY, "edgecolor": "none", "pad": 2},
+            )
         left.set_yticks(places, names)
         left.invert_yaxis()
         left.set(xlim=(0, 100), xlabel=f"MFU (%)\n{convention}")

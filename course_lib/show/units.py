@@ -13,8 +13,8 @@ BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 def quantity(value: float, unit: str = "") -> str:
     """`value` in base units (FLOP, B, s, B/s, …) with a prefix and three digits.
 
-    Bytes count in powers of 1024, everything else, bytes per second too, in powers of 1000. "%" takes a fraction. Without
-    a unit: a whole number with its thousands marked, or three digits.
+    Bytes count in powers of 1024, everything else, bytes per second too, in powers of 1000. "%" takes a fraction.
+    Without a unit: a whole number with its thousands marked, or three digits.
     """
     if unit == "%":
         return f"{100 * value:.1f} %"

@@ -27,13 +27,17 @@ MISTAKES = [
     (check_addition_seconds, lambda e, b, launch: 1e6 * (launch + 12 * e / b), "times too much"),  # microseconds
     (check_training_bytes, lambda n: 4 * n, "all that inference keeps"),
     (check_training_bytes, lambda n: 8 * n, "AdamW also remembers"),
-    (check_training_bytes, lambda n: 12 * n, "which one did you leave out"),  # forgot the gradient
+    (check_training_bytes, lambda n: 12 * n, "the gradient, or one"),  # forgot the gradient
     (check_training_bytes, lambda n: 128 * n, "not bits"),
     (check_learning_rate, lambda s, n, w, top: top, "the rate falls"),
-    (check_learning_rate, lambda s, n, w, top: top * min(s / w, (1 + math.cos(math.pi * (s - w) / (n - w))) / 2), "a tenth of the top"),
+    (
+        check_learning_rate,
+        lambda s, n, w, top: top * min(s / w, (1 + math.cos(math.pi * (s - w) / (n - w))) / 2),
+        "a tenth of the top",
+    ),
     (check_mfu, lambda r, N, L, D, T, p: r * 6 * N / p, "attention are missing"),
     (check_mfu, lambda r, N, L, D, T, p: r * 2 * N / p, "forward pass only"),  # forgot backward
-    (check_mfu, lambda r, N, L, D, T, p: r * (6 * N + 12 * L * D * T) / p, "attention full"),
+    (check_mfu, lambda r, N, L, D, T, p: r * (6 * N + 12 * L * D * T) / p, "6N+attention full"),
     (check_mfu, lambda r, N, L, D, T, p: 100 * lesson06.mfu_causal(r, N, L, D, T, p), "not a percentage"),
     (check_tile_efficiency, lambda m, k, n, t: (m // t) * (k // t) * (n // t) * t**3 / (m * k * n), "round up"),
     (check_tile_efficiency, lambda m, k, n, t: 1 / lesson06.tile_efficiency(m, k, n, t), "upside down"),

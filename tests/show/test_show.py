@@ -92,13 +92,19 @@ def test_time_budget(capsys) -> None:
 
 
 def test_batch_choices(capsys) -> None:
-    show.batch_choices([("1 row", 0.6, 2**24), ("8 rows", 0.77, 2**25)], 2**26, "6N+attention causal; float32 cube peak")
+    show.batch_choices(
+        [("1 row", 0.6, 2**24), ("8 rows", 0.77, 2**25)], 2**26, "6N+attention causal; float32 cube peak"
+    )
     assert "8 rows: 77.0 % and 32.0 MiB" in capsys.readouterr().out
 
 
 def test_grey_says_the_same() -> None:
     for meanings in (style.PHASES, style.MEMORY):
-        assert len({hatch for _, hatch in meanings.values()}) == len({colour for colour, _ in meanings.values()}) == len(meanings)
+        assert (
+            len({hatch for _, hatch in meanings.values()})
+            == len({colour for colour, _ in meanings.values()})
+            == len(meanings)
+        )
     assert matplotlib.rcParams["font.size"] != style.LOOK["font.size"], "the look stays inside the figures"
 
 
@@ -110,7 +116,9 @@ def test_names() -> None:
 
 def test_importing_the_lessons_is_light() -> None:
     """The notebooks' tools and every test's start import it."""
-    code = "import sys, course_lib.lessons; print(*{'torch', 'matplotlib', 'pandas', 'course_lib.npu'} & set(sys.modules))"
+    code = (
+        "import sys, course_lib.lessons; print(*{'torch', 'matplotlib', 'pandas', 'course_lib.npu'} & set(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
 

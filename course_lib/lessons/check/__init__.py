@@ -20,7 +20,15 @@ class Case:
     mistakes: dict[float, str] = field(default_factory=dict)
 
 
-def judge(name: str, function: Callable, cases: Sequence[Case], unit: str = "", kind: str = "a number", good: str = "", tolerance: float = 1e-9) -> bool:
+def judge(
+    name: str,
+    function: Callable,
+    cases: Sequence[Case],
+    unit: str = "",
+    kind: str = "a number",
+    good: str = "",
+    tolerance: float = 1e-9,
+) -> bool:
     """Try `function` on each case and print the verdict; True if all are right.
 
     `kind` says what sort of number is expected; `good` follows the verdict on a right answer.
@@ -39,7 +47,10 @@ def judge(name: str, function: Callable, cases: Sequence[Case], unit: str = "", 
             print(f"{name}: not right yet. {call} gave a {type(found).__name__}; expected {kind}")
             return False
         if not _near(found, case.expected, tolerance):
-            print(f"{name}: not right yet. {call} gave {quantity(found, unit)}, {_distance(found, case.expected)}; expected {kind}")
+            print(
+                f"{name}: not right yet. {call} gave {quantity(found, unit)}, {_distance(found, case.expected)};"
+                f" expected {kind}"
+            )
             print(f"  hint: {_hint(found, case)}")
             return False
     shown = quantity(cases[0].expected, unit)
@@ -53,7 +64,13 @@ def _near(found: float, expected: float, tolerance: float) -> bool:
 
 def _distance(found: float, expected: float) -> str:
     if not expected or not found or found / expected < 0:
-        return "which has the wrong sign" if found and expected else "which should not be zero" if expected else "which should be zero"
+        return (
+            "which has the wrong sign"
+            if found and expected
+            else "which should not be zero"
+            if expected
+            else "which should be zero"
+        )
     ratio = found / expected
     if 0.8 < ratio < 1.25:
         return f"{100 * abs(ratio - 1):.2g} % too {'much' if ratio > 1 else 'little'}"
@@ -68,4 +85,10 @@ def _hint(found: float, case: Case) -> str:
 
 
 def _short(value: object) -> str:
-    return f"{value:_}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:_}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else f"{value:.6g}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -17,14 +17,16 @@ def check_product_flops(function: Callable[[int, int, int], int]) -> bool:
         mistakes = {
             m * k * n: "a multiply-add is two operations, and each result needs k of them",
             2 * m * n: "each result is a sum over k products, not one product",
-            m * n * (2 * k - 1): "the field counts k additions, not k − 1: the accumulator starts at zero and takes all k",
+            m * n * (2 * k - 1): "count k additions, not k − 1: the accumulator starts at zero",
             2 * (m * k + k * n): "those are the numbers read; count what is done with them",
         }
         cases.append(Case((m, k, n), right, mistakes))
     with npu.ledger() as ledger:
         torch.empty(64, 32, device="npu") @ torch.empty(32, 16, device="npu")
     counted = ledger.totals().cube_flops
-    return judge("product_flops", function, cases, "FLOP", "an integer count of FLOPs", f"the ledger counts {counted:,} FLOP")
+    return judge(
+        "product_flops", function, cases, "FLOP", "an integer count of FLOPs", f"the ledger counts {counted:,} FLOP"
+    )
 
 
 def check_addition_seconds(function: Callable[[int, float, float], float]) -> bool:
@@ -46,7 +48,15 @@ def check_addition_seconds(function: Callable[[int, float, float], float]) -> bo
             launch + 96 * elements / bandwidth: "bytes, not bits",
         }
         cases.append(Case((elements, bandwidth, launch), took, mistakes))
-    return judge("addition_seconds", function, cases, "s", "seconds, as a float", f"the device takes {took * 1e6:.2f} µs for the last case", tolerance=1e-5)
+    return judge(
+        "addition_seconds",
+        function,
+        cases,
+        "s",
+        "seconds, as a float",
+        f"the device takes {took * 1e6:.2f} µs for the last case",
+        tolerance=1e-5,
+    )
 
 
 def check_training_bytes(function: Callable[[int], int]) -> bool:
@@ -54,12 +64,19 @@ def check_training_bytes(function: Callable[[int], int]) -> bool:
     cases = []
     for parameters in (7_000_000_000, 869_504):
         hints = {
-            4: "those are the weights alone, all that inference keeps; what else does one step leave behind for the next?",
+            4: "those are the weights alone, all that inference keeps; what does a step leave for the next?",
             8: "weights and gradients; AdamW also remembers something about each parameter",
-            12: "three numbers a parameter; there are four: which one did you leave out, the gradient or one of AdamW's two moments?",
+            12: "three numbers a parameter; there are four: the gradient, or one of AdamW's two moments?",
             128: "bytes, not bits",
             32: "float32 has 4 bytes, not 8",
         }
         mistakes = {per * parameters: hint for per, hint in hints.items()}
         cases.append(Case((parameters,), solution.training_bytes(parameters), mistakes))
-    return judge("training_bytes", function, cases, "B", "an integer count of bytes", "a chip with 64 GiB holds the 13.0 GiB of bfloat16 weights, but not this")
+    return judge(
+        "training_bytes",
+        function,
+        cases,
+        "B",
+        "an integer count of bytes",
+        "a chip with 64 GiB holds the 13.0 GiB of bfloat16 weights, but not this",
+    )

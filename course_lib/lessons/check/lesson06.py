@@ -16,9 +16,10 @@ def check_learning_rate(function: Callable[[int, int, int, float], float]) -> bo
         progress = (step - WARMUP) / (STEPS - WARMUP)
         mistakes = {
             TOP * (1 + math.cos(math.pi * progress)) / 2: "the cosine is to end at a tenth of the top, not at zero",
-            TOP * (0.1 + 0.9 * (1 + math.cos(math.pi * step / STEPS)) / 2): "the cosine begins where the warm-up ends: count its progress from there",
+            TOP * (0.1 + 0.9 * (1 + math.cos(math.pi * step / STEPS)) / 2): "the cosine begins where the warm-up ends",
             TOP * (step - 1) / WARMUP: "steps count from 1, and the first must already learn: its rate is not zero",
-            TOP * (0.1 + 0.9 * (1 + math.cos(2 * math.pi * progress)) / 2): "half a cosine: its argument runs from 0 to π",
+            TOP
+            * (0.1 + 0.9 * (1 + math.cos(2 * math.pi * progress)) / 2): "half a cosine: its argument runs from 0 to π",
             TOP * (0.1 + 0.9 * (1 - progress)): "that is a straight line down; the cosine is slow at both ends",
             TOP: "after the warm-up the rate falls",
         }
@@ -37,20 +38,30 @@ def check_mfu(function: Callable[..., float]) -> bool:
         mistakes = {
             rate * 6 * weights / peak: "that is the convention 6N; the products of attention are missing",
             rate * 2 * weights / peak: "that is the forward pass only, 2N; training has a backward pass of twice that",
-            rate * (2 * weights + attention / 3) / peak: "that is the forward pass only; training has a backward pass of twice that",
-            rate * (6 * weights + 2 * attention * context / (context + 1)) / peak: "that is 6N+attention full: a causal token sees only what came before it",
-            rate * (6 * weights + 2 * attention) / peak: "that is attention over all keys: a causal token sees (T+1)/2 of them on average",
+            rate * (2 * weights + attention / 3) / peak: "that is the forward pass only; backward is twice that",
+            rate
+            * (6 * weights + 2 * attention * context / (context + 1))
+            / peak: "that is 6N+attention full; a causal token sees no later keys",
+            rate * (6 * weights + 2 * attention) / peak: "a causal token sees (T+1)/2 keys on average, not all",
             100 * right: "a utilisation is a fraction from 0 to 1, not a percentage",
             1 / right: "upside down: FLOP/s that were used, over FLOP/s that there are",
         }
         cases.append(Case((rate, weights, layers, width, context, peak), right, mistakes))
-    return judge("mfu_causal", function, cases, "%", "a fraction from 0 to 1", "convention 6N+attention causal", tolerance=1e-6)
+    return judge(
+        "mfu_causal", function, cases, "%", "a fraction from 0 to 1", "convention 6N+attention causal", tolerance=1e-6
+    )
 
 
 def check_tile_efficiency(function: Callable[[int, int, int, int], float]) -> bool:
     """Full tiles, one column too many, and a vector."""
     cases = []
-    for m, k, n, tile in ((1024, 128, 17, 16), (1024, 128, 352, 16), (1, 128, 512, 16), (15, 15, 15, 16), (17, 17, 17, 4)):
+    for m, k, n, tile in (
+        (1024, 128, 17, 16),
+        (1024, 128, 352, 16),
+        (1, 128, 512, 16),
+        (15, 15, 15, 16),
+        (17, 17, 17, 4),
+    ):
         right = solution.tile_efficiency(m, k, n, tile)
         whole = (m // tile) * (k // tile) * (n // tile) * tile**3
         mistakes = {

@@ -7,7 +7,7 @@ def product_flops(m: int, k: int, n: int) -> int:
 
 
 def addition_seconds(elements: int, bandwidth: float, launch: float) -> float:
-    """Seconds of `a + b` in float32 on a chip bound by its memory: two tensors read, one written, 4 bytes an element."""
+    """Seconds of `a + b` in float32, bound by memory: two tensors read, one written, 4 bytes an element."""
     return launch + 3 * 4 * elements / bandwidth
 
 

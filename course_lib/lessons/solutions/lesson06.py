@@ -4,7 +4,7 @@ import math
 
 
 def learning_rate(step: int, steps: int, warmup: int, top: float) -> float:
-    """Learning rate of step 1, 2, …: linear up to `top` in `warmup` steps, then a half cosine down to a tenth at the last."""
+    """Of step 1, 2, …: linear up to `top` in `warmup` steps, then half a cosine down to a tenth at the last."""
     if step <= warmup:
         return top * step / warmup
     progress = (step - warmup) / (steps - warmup)
@@ -12,7 +12,7 @@ def learning_rate(step: int, steps: int, warmup: int, top: float) -> float:
 
 
 def mfu_causal(tokens_per_second: float, weights: int, layers: int, width: int, context: int, peak: float) -> float:
-    """Model FLOPs utilisation by the convention 6N+attention causal: 6N + 6·L·D·(T+1) FLOPs a token, over the peak."""
+    """MFU by the convention 6N+attention causal: 6N + 6·L·D·(T+1) FLOPs a token, over the peak."""
     return tokens_per_second * (6 * weights + 6 * layers * width * (context + 1)) / peak
 
 

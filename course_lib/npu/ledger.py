@@ -103,6 +103,8 @@ class Ledger:
     def __enter__(self) -> "Ledger":
         if self in runtime.ledgers:
             raise RuntimeError("this ledger is already open; make another one with npu.ledger()")
+        if self._ended:
+            raise RuntimeError("this ledger was closed, and its times are those of then; make another one with npu.ledger()")
         for device in runtime.devices:
             device.memory.settle()
             device.synchronize()
@@ -203,7 +205,7 @@ class Ledger:
         )
 
     def utilisation(self, model_flops: int | None = None, convention: str = "executed cube FLOPs", dtype: str = "float32", counts: str = "cube") -> Utilisation:
-        """FLOPs divided by what the chip's peak could do in the elapsed time.
+        """FLOPs divided by what the peak of the devices that worked could do in the elapsed time.
 
         Without ``model_flops`` the FLOPs are those that the cube executed (HFU: recomputation counts). With
         ``model_flops`` it is an MFU and ``convention`` must name how they were counted: "6N",
@@ -213,9 +215,10 @@ class Ledger:
             raise ValueError('utilisation(model_flops=…) needs convention="6N", "6N+attention causal" or "6N+attention full"')
         flops = sum(c.cube_flops for c in self._columns[-1]) if model_flops is None else model_flops
         peak = self._spec.peak(dtype, counts=counts)
-        label = f"{dtype} {counts} peak " + ("unknown" if peak is None else f"{peak / 1e12:.4g} TFLOP/s")
+        devices = len(set(self._columns[Record._fields.index("device")])) or 1
+        label = f"{dtype} {counts} peak " + ("unknown" if peak is None else f"{peak / 1e12:.4g} TFLOP/s") + (f" × {devices}" if devices > 1 else "")
         seconds = self.elapsed_ps / PS_PER_S
-        return Utilisation(flops / seconds / peak if peak and seconds else None, convention, label)
+        return Utilisation(flops / seconds / (peak * devices) if peak and seconds else None, convention, label)
 
     # -- memory --
 

@@ -1,22 +1,43 @@
 """``torch.npu``: the names that torch_npu gives a program, on the emulated device.
 
-This module itself is registered as ``torch.npu``. Memory figures are those of the emulated chip's
-allocator; times are emulated. ``attach()`` makes PyTorch know the device.
+This module itself is registered as ``torch.npu``. Which device, and what it is, stands here; the rest comes from
+``memory_api``, ``streams``, ``rng``, ``amp`` and ``options``. What an emulation cannot honour raises
+NotImplementedError with the reason, see ``refused``. ``attach()`` makes PyTorch know the device.
 """
 
 import importlib
+import sys
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils import backend_registration
 
-from course_lib.npu import backward, linear, ops, runtime, transfer
-from course_lib.npu.memory import format_size
-from course_lib.npu.streams import Event, Stream, _index, current_stream, default_stream, set_stream, stream
-from course_lib.npu.tensor import NpuTensor
+from course_lib.npu import accelerator, amp, backward, linear, modules, ops, refused, rng, runtime, streams, transfer
+from course_lib.npu import memory_api as memory, rng as random  # noqa: F401, the rest of these are torch.npu's names
+from course_lib.npu.accelerator import exchange_device as _exchange_device, exchange_device as _maybe_exchange_device  # noqa: F401
+from course_lib.npu.amp import get_amp_supported_dtype, get_autocast_dtype, is_autocast_enabled, set_autocast_dtype, set_autocast_enabled  # noqa: F401
+from course_lib.npu.memory_api import (  # noqa: F401
+    _dump_snapshot, _record_memory_history, _snapshot, caching_allocator_alloc, caching_allocator_delete, empty_cache,
+    empty_virt_addr_cache, get_allocator_backend, get_per_process_memory_fraction, max_memory_allocated,
+    max_memory_cached, max_memory_reserved, mem_get_info, memory_allocated, memory_cached, memory_reserved,
+    memory_snapshot, memory_stats, memory_stats_as_nested_dict, memory_summary, reset_accumulated_memory_stats,
+    reset_max_memory_allocated, reset_max_memory_cached, reset_peak_memory_stats, set_per_process_memory_fraction,
+)  # fmt: skip
+from course_lib.npu.options import (  # noqa: F401
+    CubeMathType, config, conv, disable_deterministic_with_backward, enable_deterministic_with_backward,
+    get_device_limit, get_mm_bmm_format_nd, is_current_stream_capturing, is_jit_compile_false, matmul, mstx,
+    set_compile_mode, set_deterministic_level, set_mm_bmm_format_nd, set_option,
+)  # fmt: skip
+from course_lib.npu.rng import (  # noqa: F401
+    get_rng_state, get_rng_state_all, initial_seed, manual_seed, manual_seed_all, seed, seed_all, set_rng_state,
+    set_rng_state_all,
+)  # fmt: skip
+from course_lib.npu.streams import (  # noqa: F401
+    Event, Stream, SyncLaunchStream, _index, current_stream, default_stream, set_stream, stream, stream as StreamContext,
+)  # fmt: skip
+from course_lib.npu.tensor import HANDLERS, NpuTensor
 
-__all__ = ["Event", "Stream", "current_stream", "default_stream", "set_stream", "stream"]
 _initialized = True  # checkpointing asks before it keeps the state of the random numbers
 _kept: list = []  # torch.library registrations live as long as their objects
 
@@ -88,16 +109,6 @@ class device_of(device):
         super().__init__(tensor.device.index if tensor.device.type == "npu" else -1)
 
 
-def _exchange_device(index: int) -> int:
-    outer = runtime.current
-    if index >= 0:
-        runtime.current = _index(index)
-    return outer
-
-
-_maybe_exchange_device = _exchange_device
-
-
 def synchronize(device: Any = None) -> None:
     """The host waits until the device has done everything it was given."""
     runtime.devices[_index(device)].synchronize()
@@ -124,122 +135,21 @@ def can_device_access_peer(device: Any, peer: Any) -> bool:
     return _index(device) != _index(peer)
 
 
-# -- memory -------------------------------------------------------------------------------------------
-
-
-def _memory(device: Any) -> Any:
-    return runtime.devices[_index(device)].memory
-
-
-def memory_stats(device: Any = None) -> dict[str, int]:
-    """The allocator's statistics under torch_npu's keys."""
-    return _memory(device).stats()
-
-
-def _stat(name: str, which: str, device: Any) -> int:
-    return _memory(device).read(name, which)
-
-
-def memory_allocated(device: Any = None) -> int:
-    """Bytes in blocks that live storages hold (each rounded up to 512)."""
-    return _stat("allocated_bytes", "current", device)
-
-
-def max_memory_allocated(device: Any = None) -> int:
-    return _stat("allocated_bytes", "peak", device)
-
-
-def memory_reserved(device: Any = None) -> int:
-    """Bytes in segments that the allocator has taken from the device."""
-    return _stat("reserved_bytes", "current", device)
-
-
-def max_memory_reserved(device: Any = None) -> int:
-    return _stat("reserved_bytes", "peak", device)
-
-
-def reset_peak_memory_stats(device: Any = None) -> None:
-    _memory(device).reset_peak()
-
-
-def reset_accumulated_memory_stats(device: Any = None) -> None:
-    _memory(device).reset_accumulated()
-
-
-def empty_cache() -> None:
-    """Give reserved segments that hold nothing back to the device, on every device."""
-    for d in runtime.devices:
-        d.memory.empty_cache()
-
-
-def mem_get_info(device: Any = None) -> tuple[int, int]:
-    """(free, total) bytes of device memory, as the driver sees it: reserved is not free."""
-    return _memory(device).capacity - memory_reserved(device), _memory(device).capacity
-
-
-def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None:
-    """Let the program have only this part (0 to 1) of the memory."""
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
-    memory = _memory(device)
-    memory.limit = int(memory.capacity * fraction)
-
-
-def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
-    """A readable table of ``memory_stats``; ``abbreviated`` leaves out the split by pool."""
-    stats, index = memory_stats(device), _index(device)
-    rows = [("Allocated memory", "allocated_bytes"), ("Active memory", "active_bytes"), ("Requested memory", "requested_bytes"),
-            ("Reserved memory", "reserved_bytes"), ("Non-releasable memory", "inactive_split_bytes"),
-            ("Allocations", "allocation"), ("Segments", "segment"), ("Non-releasable allocs", "inactive_split")]  # fmt: skip
-    line = "|" + "-" * 83 + "|"
-    out = [line, f"|{f'NPU memory summary, device {index}: {get_device_name(index)}':^83}|",
-           "|" + "OOMs: {num_ooms}   retries after freeing the cache: {num_alloc_retries}".format(**stats).center(83) + "|", line,
-           f"| {'':<24}| {'now':>12} | {'peak':>12} | {'allocated':>12} | {'freed':>10} |", line]  # fmt: skip
-    for label, name in rows:
-        for pool in ("all",) if abbreviated else ("all", "large_pool", "small_pool"):
-            values = [stats[f"{name}.{pool}.{k}"] for k in ("current", "peak", "allocated", "freed")]
-            shown = [format_size(v) if name.endswith("bytes") else str(v) for v in values]
-            title = label if pool == "all" else "    " + pool.replace("_", " ")
-            out.append(f"| {title:<24}| {shown[0]:>12} | {shown[1]:>12} | {shown[2]:>12} | {shown[3]:>10} |")
-    return "\n".join([*out, line])
-
-
-# -- random numbers -----------------------------------------------------------------------------------
-
-
-def manual_seed(seed: int) -> None:
-    """Seed the current device's random numbers."""
-    runtime.devices[runtime.current].generator.manual_seed(int(seed))
-
-
-def manual_seed_all(seed: int) -> None:
-    """Seed every device; ``torch.manual_seed`` calls this."""
-    for d in runtime.devices:
-        d.generator.manual_seed(int(seed))
-
-
-def initial_seed() -> int:
-    return runtime.devices[runtime.current].generator.initial_seed()
-
-
-def get_rng_state(device: Any = None) -> torch.Tensor:
-    return runtime.devices[_index(device)].generator.get_state()
-
-
-def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
-    runtime.devices[_index(device)].generator.set_state(state.cpu())
-
-
-def get_amp_supported_dtype() -> list[torch.dtype]:
-    return [torch.float16, torch.bfloat16]
-
-
 def is_bf16_supported() -> bool:
     return runtime.devices[runtime.current].spec.cube_tile("bfloat16") is not None
 
 
 def _is_in_bad_fork() -> bool:
     return False
+
+
+globals().update(refused.NAMES)  # what raises, with its reason
+
+
+def __getattr__(name: str) -> Any:
+    if name == "default_generators":
+        return rng.default_generators()
+    raise AttributeError(f"module 'torch.npu' has no attribute {name!r}")
 
 
 # -- making PyTorch know it ---------------------------------------------------------------------------
@@ -251,15 +161,23 @@ def attach(module: Any) -> None:
         return
     backend_registration._setup_privateuseone_for_python_backend("npu", backend_module=module, device_guard=backward.Guard())
     backward.attach()
-    _kept.extend(transfer.register() + ops.register(transfer.kernel))
-    # module.to("npu") keeps parameter objects, so that tied weights stay tied
-    torch.__future__.set_swap_module_params_on_conversion(True)
+    _kept.extend(transfer.register() + ops.register(transfer.kernel) + amp.attach())
+    rng.attach()
+    accelerator.attach()
+    HANDLERS[torch.ops.aten.record_stream.default] = _record_stream
+    for name in ("amp", "memory", "random", "streams"):
+        sys.modules[f"torch.npu.{name}"] = getattr(module, name)
+    modules.attach()
     # optimizers choose their multi-tensor form by type, and know only PyTorch's own
     for place in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
         importlib.import_module(place)._foreach_supported_types.append(NpuTensor)
     torch.serialization.register_package(5, _storage_place, _storage_to_place)
     ForkingPickler.register(NpuTensor, _not_shared)
     torch.UntypedStorage._new_shared = classmethod(_new_shared)
+
+
+def _record_stream(info: Any, args: tuple, kwargs: dict) -> None:
+    """Nothing to do: numbers are computed when an operator is launched, so a block can be used again at once."""
 
 
 def _not_shared(tensor: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ after ``manual_seed(s)`` is the CPU's own first draw after ``manual_seed(s)``; l
 """
 
 import struct
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 _LAYOUT = struct.Struct("<Qq")  # seed, offset
 _MASK = 2**32 - 1
+_by_address: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # PyTorch's dispatcher hands on the C++ half only
 
 
 class Generator(torch._C.Generator):
@@ -26,6 +28,7 @@ class Generator(torch._C.Generator):
 
     def __init__(self, index: int) -> None:
         self.index, self._seed, self._offset = index, super().initial_seed(), 0
+        _by_address[self._cdata] = self
 
     @property
     def device(self) -> torch.device:
@@ -90,15 +93,15 @@ _seed_engine = torch._C.Generator.manual_seed
 
 def draw(kernel: Callable, takes_generator: bool, args: list, kwargs: dict, own: Generator) -> Any:
     """A random operator on host tensors, with numbers from the generator it was given, or the device's ``own``."""
-    generator = kwargs.get("generator") or next((a for a in args if isinstance(a, torch._C.Generator)), None)
-    if generator is None:
+    given = kwargs.get("generator") or next((a for a in args if isinstance(a, torch._C.Generator)), None)
+    if given is None:
         generator = own
         if takes_generator:
             kwargs = kwargs | {"generator": own}
-    elif type(generator) is not Generator:
-        raise RuntimeError(f"Expected a 'npu' device type for generator but found '{generator.device.type}'")
-    elif not takes_generator:
-        takes_generator = True  # it stands among the positional arguments
+    else:
+        generator, takes_generator = _by_address.get(given._cdata), True
+        if generator is None:
+            raise RuntimeError(f"Expected a 'npu' device type for generator but found '{given.device.type}'")
     result = _with_its_own(kernel, args, kwargs, generator) if takes_generator else _with_the_hosts(kernel, args, kwargs, generator)
     first = result[0] if isinstance(result, (tuple, list)) else result
     generator.drawn(first.numel())

@@ -15,9 +15,12 @@ with its memory (by a power of two), so that fragmentation keeps its share: see 
 import bisect
 import itertools
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+
+from course_lib.npu.snapshot import History
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 MIN_BLOCK = 512
@@ -112,10 +115,18 @@ class Block:
 class Segment:
     """A contiguous piece taken from the device; ``pool`` is "small" or "large"."""
 
-    __slots__ = ("address", "size", "pool")
+    __slots__ = ("address", "size", "pool", "first")
 
     def __init__(self, address: int, size: int, pool: str) -> None:
         self.address, self.size, self.pool = address, size, pool
+        self.first = Block(self, 0, size)  # cutting and joining keep it: it is always the one at the start
+
+    def blocks(self) -> Iterator[Block]:
+        """What it is cut into, by address."""
+        block: Block | None = self.first
+        while block is not None:
+            yield block
+            block = block.next
 
 
 _EMPTY = Segment(0, 0, "small")
@@ -137,6 +148,7 @@ class CachingAllocator:
         self.retries = self.ooms = 0
         self.reserved = 0
         self.books = Books()
+        self.history: History | None = None
 
     # -- the calls that the device makes -----------------------------------------------------------
 
@@ -151,6 +163,7 @@ class CachingAllocator:
             block = self._best_fit(pool, size) or self._grow(pool, size) or self._retry(pool, size)
             if block is None:
                 self.ooms += 1
+                self._note("oom", 0, size)
                 raise torch.OutOfMemoryError(self._complaint(nbytes))
             before = block.unused()
             rest = self._split(block, size)
@@ -159,6 +172,8 @@ class CachingAllocator:
             if before:
                 splits, split_bytes = splits - 1, split_bytes - before
             self.books.note(pool == "large", 1, block.size, nbytes, splits, split_bytes, 0, 0)
+            if self.history:
+                self._note("alloc", block.address, block.size, block)
         return block
 
     def free(self, block: Block) -> None:
@@ -185,6 +200,9 @@ class CachingAllocator:
             block = self._pending.pop()
             pool, size, requested = block.segment.pool, block.size, block.requested
             block.used = False
+            if self.history:
+                self._note("free_requested", block.address, size, block)
+                self._note("free_completed", block.address, size, block)
             splits, split_bytes = self._merge(block)
             self.books.note(pool == "large", -1, -size, -requested, splits, split_bytes, 0, 0)
 
@@ -206,7 +224,8 @@ class CachingAllocator:
         self._next_address += need
         self.segments[segment.address] = segment
         self._count_segment(pool, 1, need)
-        return Block(segment, 0, need)
+        self._note("segment_alloc", segment.address, need)
+        return segment.first
 
     def _retry(self, pool: str, size: int) -> Block | None:
         self.retries += 1
@@ -262,7 +281,12 @@ class CachingAllocator:
             self._free[pool] = [entry for entry in free if entry[2].size != entry[2].segment.size]
             for block in whole:
                 del self.segments[block.segment.address]
+                self._note("segment_free", block.address, block.size)
                 self._count_segment(pool, -1, -block.size)
+
+    def _note(self, action: str, address: int, size: int, block: Block | None = None) -> None:
+        if self.history:
+            self.history.note(action, address, size, block)
 
     def _complaint(self, nbytes: int) -> str:
         allocated, reserved = format_size(self.books.read("allocated_bytes", "current")), self.reserved

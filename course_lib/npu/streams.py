@@ -1,4 +1,8 @@
-"""``torch.npu.Stream`` and ``torch.npu.Event``, with the semantics of an asynchronous device."""
+"""``torch.npu.Stream`` and ``torch.npu.Event``, with the semantics of an asynchronous device.
+
+To PyTorch they are a ``torch.Stream`` and a ``torch.Event`` (``record_stream`` and ``isinstance`` take them), but every
+method is ours: PyTorch's own would ask the device's C++ guard, which knows nothing of emulated time.
+"""
 
 from typing import Any
 
@@ -7,11 +11,12 @@ import torch
 from course_lib.npu import runtime
 from course_lib.npu.clock import PS_PER_MS, Timeline
 
+PS_PER_US = PS_PER_MS // 1000
+OTHER_PROCESSES = "emulated devices do not share events between processes"
+
 
 def _index(device: Any) -> int:
     """A device index from None, an int, a string or a torch.device; RuntimeError if there is no such device."""
-    import torch
-
     if device is None or isinstance(device, int):
         return runtime.device(device).index
     device = torch.device(device)
@@ -20,21 +25,37 @@ def _index(device: Any) -> int:
     return runtime.device(device.index).index
 
 
-class Stream:
-    """A queue of work on one device; work on different streams may run at the same emulated time."""
+_NPU = int(torch._C._autograd.DeviceType.PrivateUse1)
 
-    def __init__(self, device: Any = None, priority: int = 0, *, _timeline: Timeline | None = None) -> None:
-        self.device_index = _index(device)
-        self.priority = priority
-        self._timeline = _timeline or runtime.devices[self.device_index].new_stream()
+
+class Stream(torch.Stream):
+    """A queue of work on one device; work on different streams may run at the same emulated time.
+
+    ``priority`` is kept and changes nothing: emulated streams do not compete for the cores.
+    """
+
+    def __new__(cls, device: Any = None, priority: int = 0, *, stream_id: int | None = None, **place: int) -> "Stream":
+        """A new stream, or, with ``stream_id``, one that there is (``device_index`` and ``device_type`` then say where)."""
+        index = _index(place.get("device_index", device))
+        streams = runtime.devices[index].streams
+        timeline = runtime.devices[index].new_stream() if stream_id is None else streams[stream_id]
+        self = super().__new__(cls, stream_id=timeline.id, device_index=index, device_type=_NPU)
+        self.priority, self._timeline, self._outer = priority, timeline, []
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
     @property
-    def device(self) -> Any:
-        return runtime.devices[self.device_index].torch_device
-
-    @property
-    def stream_id(self) -> int:
+    def npu_stream(self) -> int:
+        """A number in place of the address that a real one has."""
         return self._timeline.id
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def set_data_preprocess_stream(self, is_data_preprocess_stream: bool = False) -> None:
+        """Accepted: it tells a real driver how to schedule, and changes no result."""
 
     def synchronize(self) -> None:
         """The host waits until all work on this stream is done."""
@@ -69,7 +90,6 @@ class Stream:
 
     def __enter__(self) -> "Stream":
         device = runtime.devices[self.device_index]
-        self._outer = getattr(self, "_outer", [])
         self._outer.append((runtime.current, device.current))
         runtime.current, device.current = self.device_index, self._timeline
         return self
@@ -78,13 +98,33 @@ class Stream:
         runtime.current, runtime.devices[self.device_index].current = self._outer.pop()
 
 
-class Event:
+class SyncLaunchStream(Stream):
+    """A stream past the host's task queue. The emulated host has none, so it is a stream like others."""
+
+
+class Event(torch.Event):
     """A marker on a stream. With ``enable_timing`` it measures emulated time."""
 
-    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
+    def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> "Event":
         if interprocess:
-            raise NotImplementedError("Event(interprocess=True): emulated devices do not share events between processes")
+            raise NotImplementedError(f"Event(interprocess=True): {OTHER_PROCESSES}")
+        self = super().__new__(cls, "npu", enable_timing=enable_timing, blocking=blocking)
         self.enable_timing, self._at = enable_timing, None
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def ipc_handle(self) -> None:
+        raise NotImplementedError(f"Event.ipc_handle(): {OTHER_PROCESSES}")
+
+    from_ipc_handle = ipc_handle
+
+    def recorded_time(self) -> int:
+        """When the marker was reached, in microseconds of emulated time."""
+        if not self.enable_timing or self._at is None:
+            raise RuntimeError("recorded_time() needs an event made with Event(enable_timing=True) and recorded")
+        return self._at // PS_PER_US
 
     def record(self, stream: Stream | None = None) -> None:
         """Put the marker behind the work that ``stream`` (the current one) has been given."""
@@ -122,12 +162,12 @@ class Event:
 
 def current_stream(device: Any = None) -> Stream:
     index = _index(device)
-    return Stream(index, _timeline=runtime.devices[index].current)
+    return Stream(index, stream_id=runtime.devices[index].current.id)
 
 
 def default_stream(device: Any = None) -> Stream:
     index = _index(device)
-    return Stream(index, _timeline=runtime.devices[index].default)
+    return Stream(index, stream_id=runtime.devices[index].default.id)
 
 
 def set_stream(stream: Stream) -> None:

@@ -168,6 +168,9 @@ def run(info: Info, args: tuple, kwargs: dict) -> Any:
     index = _one_device(info, seen, index)
     if index == HOST:  # zeros_like(x, device="cpu")
         return info.func(*host_args, **host_kwargs)
+    for t in args[:1] if info.in_place else [kwargs[name] for name in info.outs]:
+        if type(t) is not NpuTensor and isinstance(t, torch.Tensor):
+            _foreign(t, seen, written=True)
     device = runtime.devices[index]
     result = _compute(info, host_args, host_kwargs, device)
     out, keys = _wrap_result(info, result, args, kwargs, index)
@@ -217,7 +220,7 @@ def _unwrap(args: Any, seen: list[NpuTensor]) -> list:
         elif kind is list or kind is tuple:
             out.append(kind(_unwrap(a, seen)) if a and not isinstance(a[0], (int, float)) else a)
         elif isinstance(a, torch.Tensor):
-            out.append(_foreign(a))
+            out.append(_foreign(a, seen))
         elif kind is torch.device:
             out.append(_host_device(a))
         else:
@@ -241,11 +244,12 @@ def _host_device(device: torch.device) -> torch.device:
     return runtime.backing if device.type == "npu" else device
 
 
-def _foreign(t: torch.Tensor) -> torch.Tensor:
-    """A tensor that is not on the device: PyTorch lets it in only as a zero-dimensional CPU tensor."""
-    if t.dim() == 0 and t.device.type == "cpu":
+def _foreign(t: torch.Tensor, seen: list[NpuTensor], written: bool = False) -> torch.Tensor:
+    """A tensor that is not on the device: PyTorch lets it in only as a zero-dimensional CPU tensor, to be read."""
+    if t.dim() == 0 and t.device.type == "cpu" and not written:
         return t
-    raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, npu:{runtime.current} and {t.device}!")
+    index = seen[0]._held.index if seen else runtime.current
+    raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, npu:{index} and {t.device}!")
 
 
 def _one_device(info: Info, seen: list[NpuTensor], index: int | None) -> int:

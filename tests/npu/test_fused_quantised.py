@@ -113,6 +113,14 @@ def test_weight_quant(group):
     assert cost.bytes == x.nbytes + K * N + scale.nbytes + offset.nbytes + bias.nbytes + got.nbytes
 
 
+def test_shapes_follow_without_numbers():
+    a, b, s = (t.to("meta") for t in (A, B8, SCALE))
+    assert torch_npu.npu_quant_matmul(a, b, s, output_dtype=torch.float16).shape == (M, N)
+    assert torch_npu.npu_quant_matmul(a.to(FP8[0]), b.to(FP8[0]), s, output_dtype=torch.float16).shape == (M, N)
+    assert [t.shape for t in torch_npu.npu_dynamic_quant(a.float())] == [(M, K), (M,)]
+    assert torch_npu.npu_weight_quant_batchmatmul(a.half(), b, s.half()).shape == (M, N)
+
+
 def test_cost_by_hand():
     a, b, s, r = put(A, B8, SCALE, ROWS)
     with npu.ledger() as ledger:

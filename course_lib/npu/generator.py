@@ -88,12 +88,13 @@ def _again(index: int, state: torch.Tensor) -> Generator:
     return Generator(index).set_state(state)
 
 
-_seed_engine = torch._C.Generator.manual_seed
+_Theirs = torch._C.Generator  # what a generator among the arguments looks like: see _by_address
+_seed_engine = _Theirs.manual_seed
 
 
 def draw(kernel: Callable, takes_generator: bool, args: list, kwargs: dict, own: Generator) -> Any:
     """A random operator on host tensors, with numbers from the generator it was given, or the device's ``own``."""
-    given = kwargs.get("generator") or next((a for a in args if isinstance(a, torch._C.Generator)), None)
+    given = kwargs.get("generator") or next((a for a in args if type(a) is _Theirs), None)
     if given is None:
         generator = own
         if takes_generator:

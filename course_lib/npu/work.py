@@ -181,6 +181,7 @@ _MATMULS = {
     "mm": lambda a: [_mm(a[0], a[1])],
     "_int_mm": lambda a: [_mm(a[0], a[1])],
     "_scaled_mm": lambda a: [_mm(a[0], a[1])],
+    "_scaled_mm_v2": lambda a: [_mm(a[0], a[1])],
     "_grouped_mm": lambda a: _grouped(a),
     "bmm": lambda a: [_mm(a[0], a[1])],
     "addmm": lambda a: [_mm(a[1], a[2])],

@@ -24,6 +24,7 @@ from course_lib.npu.work import POOLS, base_name, tensors_in, work
 
 FREE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_reshape_alias", "set", "resize", "record_stream", "_has_compatible_shallow_copy_type", "is_same_size"}
 PLAIN = {int, float, bool, type(None), torch.dtype, str}
+NO_LAYOUT = "npu: tensors with layout {} are not supported; use dense tensors, or keep this one on the cpu"
 HOST = -1  # in place of a device index: the result is to lie in host memory
 NEEDS_ARGUMENTS = POOLS | {"index_put", "_index_put_impl", "convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 
@@ -248,6 +249,8 @@ def _foreign(t: torch.Tensor, seen: list[NpuTensor], written: bool = False) -> t
     """A tensor that is not on the device: PyTorch lets it in only as a zero-dimensional CPU tensor, to be read."""
     if t.dim() == 0 and t.device.type == "cpu" and not written:
         return t
+    if t.layout != torch.strided:
+        raise NotImplementedError(NO_LAYOUT.format(t.layout))
     index = seen[0]._held.index if seen else runtime.current
     raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, npu:{index} and {t.device}!")
 
@@ -283,7 +286,7 @@ def wrap(inner: torch.Tensor, index: int) -> NpuTensor:
     try:
         storage = inner.untyped_storage()
     except NotImplementedError:
-        raise NotImplementedError(f"npu: tensors with layout {inner.layout} are not supported; use dense tensors, or keep this one on the cpu") from None
+        raise NotImplementedError(NO_LAYOUT.format(inner.layout)) from None
     return _clothe(inner, runtime.hold(storage, index))
 
 
@@ -349,14 +352,15 @@ def _price(info: Info, device: runtime.Device, seen: list[NpuTensor], keys: tupl
     shared = tuple(map(blocks.index, blocks)) if len(blocks) > 1 else None
     if shared and len(set(shared)) < len(shared):
         shared += tuple([t._inner.storage_offset() for t in seen])
-    numbers = _numbers(args, kwargs) if info.needs_arguments else None
+    numbers = _numbers((args, list(kwargs.values()))) if info.needs_arguments else None
     return price_of(device, (info, tuple([t._key for t in seen]), keys, shared, numbers), reckon, seen)
 
 
-def _numbers(args: list, kwargs: dict) -> tuple:
-    """Arguments other than tensors, to be remembered with the shapes where the cost depends on them."""
-    values = [tuple(a) if isinstance(a, list) else a for a in (*args, *kwargs.values())]
-    return tuple(v for v in values if isinstance(v, (bool, int, float, tuple)))
+def _numbers(value: Any) -> Any:
+    """Arguments without their tensors, to be remembered with the shapes where the cost depends on them."""
+    if isinstance(value, (list, tuple)):
+        return tuple([_numbers(v) for v in value])
+    return value if isinstance(value, (bool, int, float, type(None))) else ...
 
 
 def price_of(device: runtime.Device, key: tuple, reckon: Callable[[], Work], tensors: list[torch.Tensor]) -> tuple[Cost, tuple]:

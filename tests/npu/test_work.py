@@ -1,5 +1,7 @@
 """FLOPs and bytes of every class of operators, by hand and against PyTorch's own counter."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from course_lib import npu
+from course_lib.npu import runtime
 from course_lib.npu.work import ADAMW, attention_pairs
 
 I64 = torch.int64
@@ -297,3 +300,20 @@ def test_transfers_use_the_link_and_not_the_memory() -> None:
         record = last(program)
         assert record.op == op and record.cost.bytes == 0 and record.cost.host_link_ps > 0
     assert last(lambda: x[0].item()).op == "item"
+
+
+def test_what_is_remembered_holds_no_tensors() -> None:
+    def program() -> None:
+        x, i = zeros(8, 4), torch.zeros(2, dtype=I64, device="npu")
+        x[i] = 1.0
+        F.conv2d(zeros(1, 1, 4, 4), zeros(1, 1, 2, 2))
+        attend(4, 4, causal=True, grad=True)
+
+    def state() -> tuple[int, int]:
+        gc.collect()
+        return torch.npu.memory_allocated(), len(runtime.devices[0].costs)
+
+    program()
+    once = state()
+    program()
+    assert state() == once

@@ -121,13 +121,16 @@ def _flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pse: Tensor | None, mask: Tensor | None, out: Tensor, top: Tensor, total: Tensor,
     seed: Tensor | None, keep: float, scale: float, left: int, right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dQ, dK, dV. With dP = dO·Vᵀ and r = Σ dO·O of each row: dS = P·(dP − r), dQ = dS·K, dK = dSᵀ·Q, dV = Pᵀ·dO."""
+    """dQ, dK, dV. With dP = dO·Vᵀ and r = Σ P·dP of each row: dS = P·(dP − r), dQ = dS·K, dK = dSᵀ·Q, dV = Pᵀ·dO.
+
+    The chip, which has a part of a row at a time, takes Σ dO·O for r, which is why ``out`` is kept and read. A block here
+    has whole rows, and their own sum loses fewer digits where one key has nearly all the weight.
+    """
     results = tuple(torch.empty_like(t) for t in (q, k, v))
     if q.device.type == "meta":
         return results
     scores = Scores(q, k, pse, mask, seed, (keep, scale, left, right))
     v_, grad_ = wide(v), wide(grad)
-    rest = (grad_ * wide(out)).sum(-1, keepdim=True)
     dq, dk, dv = torch.zeros_like(scores.q), torch.zeros_like(scores.k), torch.zeros_like(v_)
     safe = total[..., :1].clamp_min(torch.finfo(total.dtype).tiny)
     for rows, columns in scores.blocks():
@@ -136,7 +139,7 @@ def _flash_backward(
         used = scores.grouped(wide(scores.dropped(p, rows, columns).to(q.dtype)))
         dv[:, :, columns] += used.mT @ g
         dp = scores.dropped((g @ v_[:, :, columns].mT).view_as(p), rows, columns)
-        ds = scores.grouped(wide((p * (dp - rest[:, :, rows])).to(q.dtype)))
+        ds = scores.grouped(wide((p * (dp - (p * dp).sum(-1, keepdim=True))).to(q.dtype)))
         dq[:, :, rows] = (ds @ scores.k[:, :, columns]).view_as(dq[:, :, rows]) * scale
         dk[:, :, columns] += (ds.mT @ scores.grouped(scores.q[:, :, rows])) * scale
     for result, value in zip(results, (dq, dk, dv)):

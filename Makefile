@@ -44,7 +44,7 @@ $(ready): requirements.lock pyproject.toml $(if $(stale),FORCE)
 	@mkdir -p .venv/share/jupyter/lab/settings && echo '$(quiet)' > .venv/share/jupyter/lab/settings/overrides.json
 	@printf '%s\n' "in $(ROOT)" "torch $(TORCH_INDEX)" "python $(PYTHON)" > $@
 
-.PHONY: FORCE help lab test notebooks bench lock clean
+.PHONY: FORCE help lab test notebooks conformance bench lock clean
 FORCE:
 
 lab: $(ready) ## set up, then open JupyterLab at lesson 00
@@ -56,6 +56,9 @@ test: $(ready) ## set up, then run all tests, notebooks included
 
 notebooks: $(ready) ## run the notebooks again and store them, normalised
 	$(run) -m course_lib.lessons.notebooks $(NB)
+
+conformance: $(ready) ## hold the device to PyTorch's own operator samples, all of them (some minutes)
+	$(run) -W ignore tests/conformance.py
 
 bench: $(ready) ## print the speed of the emulation on this machine
 	$(run) tests/bench.py

@@ -174,7 +174,7 @@ def attach(module: Any) -> None:
         importlib.import_module(place)._foreach_supported_types.append(NpuTensor)
     torch.serialization.register_package(5, _storage_place, _storage_to_place)
     ForkingPickler.register(NpuTensor, _not_shared)
-    torch.UntypedStorage._new_shared = classmethod(_new_shared)
+    torch.UntypedStorage.__new__ = _new_storage
 
 
 def _record_stream(info: Any, args: tuple, kwargs: dict) -> None:
@@ -185,12 +185,14 @@ def _not_shared(tensor: torch.Tensor) -> None:
     raise RuntimeError("a tensor on an emulated npu cannot be shared with another process: send tensor.cpu(), and move it to the npu there (a Dataset read by workers should hold host tensors)")
 
 
-_plain_new_shared = torch.UntypedStorage._new_shared.__func__
-
-
-def _new_shared(cls: type, size: int, *, device: Any = "cpu") -> torch.UntypedStorage:
-    """A storage to be shared; on the device there is none, and PyTorch would crash."""
-    return _not_shared(None) if torch.device(device).type == "npu" else _plain_new_shared(cls, size, device=device)
+def _new_storage(cls: type, *args: Any, device: Any = None, **options: Any) -> torch.UntypedStorage:
+    """``torch.UntypedStorage(8, device="npu")``: PyTorch would crash, for it knows no allocator of the device's."""
+    place = None if device is None else torch.device(device)
+    if place is None or place.type != "npu":
+        return torch._C.StorageBase.__new__(cls, *args, device=device, **options)
+    storage = torch._C.StorageBase.__new__(torch.UntypedStorage, *args, **options)
+    runtime.hold(storage, _index(place))
+    return storage
 
 
 def _storage_place(storage: Any) -> str | None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -309,9 +310,18 @@ def test_batches_of_a_dataloader(options) -> None:
 
 
 def test_device_tensors_do_not_leave_the_process() -> None:
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4, device="npu")), num_workers=1, batch_size=2)
-    with pytest.raises(RuntimeError, match="cannot be shared with another process"):
-        next(iter(loader))
+    with pytest.raises(RuntimeError, match="cannot be shared with another process: send tensor.cpu()"):
+        ForkingPickler.dumps(torch.ones(4, device="npu"))
+
+
+def test_storages() -> None:
+    before = torch.npu.memory_allocated()
+    storage = torch.UntypedStorage(12, device="npu")
+    assert (storage.device, storage.nbytes()) == (DEVICE, 12) and torch.npu.memory_allocated() - before == 512
+    x = torch.arange(3.0, device="npu")
+    for twin in (x.untyped_storage().clone(), copy.deepcopy(x.untyped_storage())):
+        assert torch.empty(0, device="npu").set_(twin).tolist() == [0, 1, 2] and twin.data_ptr() != x.data_ptr()
+    assert torch.UntypedStorage(4).device.type == "cpu" and torch.UntypedStorage([1, 2]).tolist() == [1, 2]
 
 
 # -- modules -----------------------------------------------------------------------------------------

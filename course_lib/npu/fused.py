@@ -26,10 +26,10 @@ library = torch.library.Library("npu", "DEF")
 Save = Callable[[Any, tuple, Any], None]
 
 
-def define(schema: str, kernel: Callable, work: Callable, backward: Callable | None = None, save: Save | None = None, tags: tuple = ()) -> Callable:
+def define(schema: str, kernel: Callable, work: Callable, backward: Callable | None = None, save: Save | None = None) -> Callable:
     """The operator ``npu::schema``, differentiable if ``backward`` is given; ``save`` keeps what that needs."""
     name = schema[: schema.index("(")]
-    library.define(schema, tags=tags)
+    library.define(schema)
     library.impl(name, kernel, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.npu, name).default
     ops.KERNELS[operator] = kernel

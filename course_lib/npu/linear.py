@@ -9,7 +9,8 @@ from torch import Tensor
 
 from course_lib.chip.cost import Matmul, Work
 from course_lib.npu import runtime
-from course_lib.npu.tensor import HANDLERS, Info, NpuTensor, charge, price_of, wrap
+from course_lib.npu.price import charge, price_of
+from course_lib.npu.tensor import HANDLERS, Info, NpuTensor, wrap
 from course_lib.npu.work import distinct, dtype_name
 
 aten = torch.ops.aten

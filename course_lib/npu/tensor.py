@@ -8,19 +8,18 @@ PyTorch sends every operator on an ``NpuTensor`` to ``__torch_dispatch__``, belo
 4. the clock is charged: the operator's Work, priced by ``chip.cost``, is launched on the current stream.
 
 Views cost nothing. Copies between host and device, and operators whose result the host must see
-(``.item()``, ``nonzero``), make the host wait; they have their own rules in ``transfer.py``.
+(``.item()``, ``nonzero``), make the host wait; they have their own rules in ``transfer.py``. Prices: ``price.py``.
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from course_lib.chip.cost import Cost, UnsupportedDtype, Work, cost
 from course_lib.npu import ops, runtime
 from course_lib.npu.generator import draw
-from course_lib.npu.work import POOLS, base_name, tensors_in, work
+from course_lib.npu.price import charge, price
+from course_lib.npu.work import POOLS, base_name
 
 FREE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_reshape_alias", "set", "resize", "record_stream", "_has_compatible_shallow_copy_type", "is_same_size"}
 PLAIN = {int, float, bool, type(None), torch.dtype, str}
@@ -176,7 +175,7 @@ def run(info: Info, args: tuple, kwargs: dict) -> Any:
     result = _compute(info, host_args, host_kwargs, device)
     out, keys = _wrap_result(info, result, args, kwargs, index)
     if not info.free:
-        priced = _price(info, device, seen, keys, host_args, host_kwargs, result)
+        priced = price(info, device, seen, keys, host_args, host_kwargs, result)
         charge(info.name, device, priced, seen)
         if info.waits:
             device.current.wait()
@@ -194,15 +193,6 @@ def look(info: Info, args: tuple, kwargs: dict | None) -> NpuTensor | list[NpuTe
 
 
 _inference = torch._C.is_inference_mode_enabled
-
-
-def charge(name: str, device: runtime.Device, priced: tuple[Cost, tuple], tensors: list[torch.Tensor]) -> None:
-    """Launch work of this price and shapes, done on ``tensors``, on the device's current stream; tell the ledgers."""
-    price, shapes = priced
-    stream = device.current
-    start = stream.launch(price.ps)
-    for ledger in runtime.ledgers:
-        ledger.record(name, shapes, tensors, device, stream, start, price)
 
 
 # -- arguments ----------------------------------------------------------------------------------------
@@ -334,47 +324,3 @@ def adopt(t: NpuTensor, inner: torch.Tensor) -> None:
     fresh = wrap(inner, t._held.index)
     runtime.follow(fresh._held, inner.untyped_storage())
     t.data = fresh
-
-
-# -- price --------------------------------------------------------------------------------------------
-
-
-def _price(info: Info, device: runtime.Device, seen: list[NpuTensor], keys: tuple, args: list, kwargs: dict, result: Any) -> tuple[Cost, tuple]:
-    """The operator's cost and its arguments' shapes, remembered by operator, shapes, dtypes and which arguments share a storage."""
-
-    def reckon() -> Work:
-        outs = tensors_in(result) or [t for name in info.outs for t in tensors_in(kwargs[name])]
-        there = {id(t._inner) for t in seen}
-        on_device = [None if isinstance(a, torch.Tensor) and id(a) not in there else a for a in args]  # without the host's scalars
-        return work(info.func, tuple(on_device), kwargs, outs)
-
-    blocks = [t._held for t in seen]
-    shared = tuple(map(blocks.index, blocks)) if len(blocks) > 1 else None
-    if shared and len(set(shared)) < len(shared):
-        shared += tuple([t._inner.storage_offset() for t in seen])
-    numbers = _numbers((args, list(kwargs.values()))) if info.needs_arguments else None
-    return price_of(device, (info, tuple([t._key for t in seen]), keys, shared, numbers), reckon, seen)
-
-
-def _numbers(value: Any) -> Any:
-    """Arguments without their tensors, to be remembered with the shapes where the cost depends on them."""
-    if isinstance(value, (list, tuple)):
-        return tuple([_numbers(v) for v in value])
-    return value if isinstance(value, (bool, int, float, type(None))) else ...
-
-
-def price_of(device: runtime.Device, key: tuple, reckon: Callable[[], Work], tensors: list[torch.Tensor]) -> tuple[Cost, tuple]:
-    """What is known under ``key``, or the cost of the work that ``reckon`` gives and the shapes of ``tensors``."""
-    found = device.costs.get(key)
-    if found is None:
-        try:
-            price = cost(device.spec, reckon())
-        except UnsupportedDtype as error:
-            name = key[0] if isinstance(key[0], str) else key[0].name
-            raise ChipLacksDtype(f"{name} on npu:{device.index}: {error}") from None
-        found = device.costs[key] = price, tuple(tuple(t.shape) for t in tensors)
-    return found
-
-
-class ChipLacksDtype(UnsupportedDtype, NotImplementedError):
-    """An operator in a dtype in which the chip has no arithmetic."""

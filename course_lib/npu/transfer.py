@@ -10,7 +10,8 @@ import torch
 
 from course_lib.chip.cost import Work, cost
 from course_lib.npu import runtime
-from course_lib.npu.tensor import HANDLERS, Info, NpuTensor, adopt, charge, price_of, run, wrap
+from course_lib.npu.price import charge, price_of
+from course_lib.npu.tensor import HANDLERS, Info, NpuTensor, adopt, run, wrap
 
 aten = torch.ops.aten
 

@@ -1,0 +1,63 @@
+"""What an operator costs, and the charge: launched on the clock, told to the ledgers.
+
+Costs are remembered by operator, shapes and dtypes, for a program repeats itself at every step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from course_lib.chip.cost import Cost, UnsupportedDtype, Work, cost
+from course_lib.npu import runtime
+from course_lib.npu.work import tensors_in, work
+
+
+def charge(name: str, device: runtime.Device, priced: tuple[Cost, tuple], tensors: list[torch.Tensor]) -> None:
+    """Launch work of this price and shapes, done on ``tensors``, on the device's current stream; tell the ledgers."""
+    price, shapes = priced
+    stream = device.current
+    start = stream.launch(price.ps)
+    for ledger in runtime.ledgers:
+        ledger.record(name, shapes, tensors, device, stream, start, price)
+
+
+def price(info: Any, device: runtime.Device, seen: list[Any], keys: tuple, args: list, kwargs: dict, result: Any) -> tuple[Cost, tuple]:
+    """Cost and shapes of one call of the operator ``info`` (see tensor.py) on ``seen``, remembered by operator, shapes, dtypes and which arguments share a storage."""
+
+    def reckon() -> Work:
+        outs = tensors_in(result) or [t for name in info.outs for t in tensors_in(kwargs[name])]
+        there = {id(t._inner) for t in seen}
+        on_device = [None if isinstance(a, torch.Tensor) and id(a) not in there else a for a in args]  # without the host's scalars
+        return work(info.func, tuple(on_device), kwargs, outs)
+
+    blocks = [t._held for t in seen]
+    shared = tuple(map(blocks.index, blocks)) if len(blocks) > 1 else None
+    if shared and len(set(shared)) < len(shared):
+        shared += tuple([t._inner.storage_offset() for t in seen])
+    numbers = _numbers((args, list(kwargs.values()))) if info.needs_arguments else None
+    return price_of(device, (info, tuple([t._key for t in seen]), keys, shared, numbers), reckon, seen)
+
+
+def _numbers(value: Any) -> Any:
+    """Arguments without their tensors, to be remembered with the shapes where the cost depends on them."""
+    if isinstance(value, (list, tuple)):
+        return tuple([_numbers(v) for v in value])
+    return value if isinstance(value, (bool, int, float, type(None))) else ...
+
+
+def price_of(device: runtime.Device, key: tuple, reckon: Callable[[], Work], tensors: list[torch.Tensor]) -> tuple[Cost, tuple]:
+    """What is known under ``key``, or the cost of the work that ``reckon`` gives and the shapes of ``tensors``."""
+    found = device.costs.get(key)
+    if found is None:
+        try:
+            reckoned = cost(device.spec, reckon())
+        except UnsupportedDtype as error:
+            name = key[0] if isinstance(key[0], str) else key[0].name
+            raise ChipLacksDtype(f"{name} on npu:{device.index}: {error}") from None
+        found = device.costs[key] = reckoned, tuple(tuple(t.shape) for t in tensors)
+    return found
+
+
+class ChipLacksDtype(UnsupportedDtype, NotImplementedError):
+    """An operator in a dtype in which the chip has no arithmetic."""

@@ -13,91 +13,28 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import backend_registration
 
-from course_lib.npu import (
-    accelerator,
-    amp,
-    backward,
-    compiled,
-    modules,
-    ops,
-    refused,
-    rng,
-    runtime,
-    transfer,
-)
-from course_lib.npu import memory_api as memory  # noqa: F401, the rest of these are torch.npu's names
-from course_lib.npu.accelerator import exchange_device as _exchange_device  # noqa: F401
-from course_lib.npu.amp import (  # noqa: F401
-    get_amp_supported_dtype,
-    get_autocast_dtype,
-    is_autocast_enabled,
-    set_autocast_dtype,
-    set_autocast_enabled,
-)
+from course_lib.npu import accelerator, amp, backward, compiled, linear, modules, ops, refused, rng, runtime, streams, transfer
+from course_lib.npu import memory_api as memory, rng as random  # noqa: F401, the rest of these are torch.npu's names
+from course_lib.npu.accelerator import exchange_device as _exchange_device, exchange_device as _maybe_exchange_device  # noqa: F401
+from course_lib.npu.amp import get_amp_supported_dtype, get_autocast_dtype, is_autocast_enabled, set_autocast_dtype, set_autocast_enabled  # noqa: F401
 from course_lib.npu.memory_api import (  # noqa: F401
-    _dump_snapshot,
-    _record_memory_history,
-    _snapshot,
-    caching_allocator_alloc,
-    caching_allocator_delete,
-    empty_cache,
-    empty_virt_addr_cache,
-    get_allocator_backend,
-    get_per_process_memory_fraction,
-    max_memory_allocated,
-    max_memory_cached,
-    max_memory_reserved,
-    mem_get_info,
-    memory_allocated,
-    memory_cached,
-    memory_reserved,
-    memory_snapshot,
-    memory_stats,
-    memory_stats_as_nested_dict,
-    memory_summary,
-    reset_accumulated_memory_stats,
-    reset_max_memory_allocated,
-    reset_max_memory_cached,
-    reset_peak_memory_stats,
-    set_per_process_memory_fraction,
+    _dump_snapshot, _record_memory_history, _snapshot, caching_allocator_alloc, caching_allocator_delete, empty_cache,
+    empty_virt_addr_cache, get_allocator_backend, get_per_process_memory_fraction, max_memory_allocated,
+    max_memory_cached, max_memory_reserved, mem_get_info, memory_allocated, memory_cached, memory_reserved,
+    memory_snapshot, memory_stats, memory_stats_as_nested_dict, memory_summary, reset_accumulated_memory_stats,
+    reset_max_memory_allocated, reset_max_memory_cached, reset_peak_memory_stats, set_per_process_memory_fraction,
 )  # fmt: skip
 from course_lib.npu.options import (  # noqa: F401
-    CubeMathType,
-    config,
-    conv,
-    disable_deterministic_with_backward,
-    enable_deterministic_with_backward,
-    get_device_limit,
-    get_mm_bmm_format_nd,
-    is_current_stream_capturing,
-    is_jit_compile_false,
-    matmul,
-    mstx,
-    set_compile_mode,
-    set_deterministic_level,
-    set_mm_bmm_format_nd,
-    set_option,
+    CubeMathType, config, conv, disable_deterministic_with_backward, enable_deterministic_with_backward,
+    get_device_limit, get_mm_bmm_format_nd, is_current_stream_capturing, is_jit_compile_false, matmul, mstx,
+    set_compile_mode, set_deterministic_level, set_mm_bmm_format_nd, set_option,
 )  # fmt: skip
 from course_lib.npu.rng import (  # noqa: F401
-    get_rng_state,
-    get_rng_state_all,
-    initial_seed,
-    manual_seed,
-    manual_seed_all,
-    seed,
-    seed_all,
-    set_rng_state,
+    get_rng_state, get_rng_state_all, initial_seed, manual_seed, manual_seed_all, seed, seed_all, set_rng_state,
     set_rng_state_all,
 )  # fmt: skip
 from course_lib.npu.streams import (  # noqa: F401
-    Event,
-    Stream,
-    SyncLaunchStream,
-    _index,
-    current_stream,
-    default_stream,
-    set_stream,
-    stream,
+    Event, Stream, SyncLaunchStream, _index, current_stream, default_stream, set_stream, stream, stream as StreamContext,
 )  # fmt: skip
 from course_lib.npu.tensor import HANDLERS, NpuTensor
 

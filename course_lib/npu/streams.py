@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from course_lib.npu import runtime
-from course_lib.npu.clock import PS_PER_MS
+from course_lib.npu.clock import PS_PER_MS, Timeline
 
 PS_PER_US = PS_PER_MS // 1000
 OTHER_PROCESSES = "emulated devices do not share events between processes"

@@ -24,10 +24,7 @@ else:
     from course_lib.npu.fused import npu_add_rms_norm, npu_geglu, npu_rms_norm, npu_rotary_mul, npu_swiglu  # noqa: F401
     from course_lib.npu.fused_attention import npu_fusion_attention  # noqa: F401
     from course_lib.npu.fused_experts import (  # noqa: F401
-        npu_grouped_matmul,
-        npu_moe_gating_top_k_softmax,
-        npu_moe_token_permute,
-        npu_moe_token_unpermute,
+        npu_grouped_matmul, npu_moe_gating_top_k_softmax, npu_moe_token_permute, npu_moe_token_unpermute,
     )  # fmt: skip
     from course_lib.npu.fused_loss import npu_apply_adam_w, npu_cross_entropy_loss, npu_scaled_masked_softmax  # noqa: F401
     from course_lib.npu.quantised import npu_dynamic_quant, npu_quant_matmul, npu_weight_quant_batchmatmul  # noqa: F401

@@ -98,7 +98,7 @@ class Ledger:
         self._changes = tuple([] for _ in MemoryChange._fields)
         self._append = tuple(column.append for column in self._columns)
         self._unsorted: list[runtime.Held] = []
-        self._began = self._ended = 0
+        self.began = self._ended = 0  # picoseconds of the host's clock: when the ledger was opened, when all in it was done
 
     def __enter__(self) -> "Ledger":
         if self in runtime.ledgers:
@@ -109,9 +109,9 @@ class Ledger:
             device.memory.settle()
             device.synchronize()
         self._spec = runtime.devices[0].spec
-        self._began = runtime.host.now
+        self.began = runtime.host.now
         for held in list(runtime.live.values()):
-            self._note_memory(self._began, held.block.size, held)
+            self._note_memory(self.began, held.block.size, held)
         runtime.ledgers.append(self)
         where.open()
         return self
@@ -176,7 +176,7 @@ class Ledger:
     @property
     def elapsed_ps(self) -> int:
         """Picoseconds from the ledger's opening until everything launched in it is done."""
-        return (self._ended or self._now()) - self._began
+        return (self._ended or self._now()) - self.began
 
     def table(self, by: str = "phase", depth: int | None = None) -> "pandas.DataFrame":  # noqa: F821
         """Sums by "phase", "module" (its path cut to ``depth`` names), "op" or "bound", as a DataFrame.
@@ -248,7 +248,7 @@ class Ledger:
 
     def memory_over_time(self, device: int = 0) -> list[tuple[int, dict[str, int]]]:
         """(picoseconds since the ledger's opening, bytes by category) after each change."""
-        return [(m.at - self._began, dict(now)) for m, now in self._replay(device)]
+        return [(m.at - self.began, dict(now)) for m, now in self._replay(device)]
 
     # -- export --
 

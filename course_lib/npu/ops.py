@@ -74,7 +74,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, normalized_shape: list[int], inve
         return None, grad_weight
     g = g if weight is None else g * weight
     projection = (g * normed).mean(dims, keepdim=True)
-    return g.sub_(normed.mul_(projection)).mul_(inverse).to(x.dtype) if weight is not None else ((g - normed * projection) * inverse).to(x.dtype), grad_weight
+    return g.sub(normed.mul_(projection)).mul_(inverse).to(x.dtype), grad_weight
 
 
 def _gates(of_input: Tensor, of_hidden: Tensor, input_bias: Tensor | None, hidden_bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from course_lib.chip.spec import ChipSpec, load_chip
 from course_lib.npu import real
 from course_lib.npu.clock import PS_PER_S, Host, Timeline
 from course_lib.npu.generator import Generator
-from course_lib.npu.memory import Block, CachingAllocator, format_size
+from course_lib.npu.memory import Block, CachingAllocator
 
 DEFAULT_CHIP = "mini"
 
@@ -42,7 +42,7 @@ class Device:
         self.streams: list[Timeline] = []
         self.default = self.current = self.new_stream()
         self.generator = Generator(index)
-        self.costs: dict = {}  # (operator, shapes, dtypes) → Cost, filled by tensor.py
+        self.costs: dict = {}  # (operator, shapes, dtypes) → Cost, filled by price.py
 
     def new_stream(self) -> Timeline:
         self.streams.append(Timeline(len(self.streams), self.host, self.launch_ps))
@@ -183,4 +183,3 @@ devices: list[Device] = []
 current = 0
 live: dict[int, Held] = {}
 ledgers: list = []
-__all__ = ["Device", "Held", "NpuStorage", "device", "format_size", "hold", "use"]

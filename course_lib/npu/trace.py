@@ -74,7 +74,7 @@ def chrome_trace(recording: Ledger | Recording, show: Show = Show()) -> dict[str
     if show.host:
         spans = list(reversed(r.spans))  # noted as they ended: inside out
         spans.sort(key=lambda s: (s.begin, -s.end))
-        events += [_span(s, r.ledger._began) for s in spans]
+        events += [_span(s, r.ledger.began) for s in spans]
     for number, record in enumerate(r.ledger.records):
         events += _operator(number, record, r, show)
     if show.device:
@@ -118,7 +118,7 @@ def _span(s: Span, began: int) -> dict:
 
 def _operator(number: int, r: Record, recording: Recording, show: Show) -> Iterator[dict]:
     """The launch on the host, the operator on its stream, and the arrow between them."""
-    began = recording.ledger._began
+    began = recording.ledger.began
     launch_ps = round(recording.ledger._spec.require("launch_host") * PS_PER_S)
     host = {"pid": HOST, "tid": 0, "ts": us(r.launched - launch_ps - began)}
     device = {"pid": r.device, "tid": r.stream, "ts": us(r.start - began)}
@@ -162,7 +162,7 @@ def _counters(ledger: Ledger, show: Show) -> Iterator[dict]:
         records = [r for r in ledger.records if r.device == device]
         for part in PARTS:
             last = None
-            for at, share in busy_share(records, part, ledger._began, ledger.elapsed_ps):
+            for at, share in busy_share(records, part, ledger.began, ledger.elapsed_ps):
                 if share != last:
                     yield {"ph": "C", "pid": device, "name": f"{part.replace('_', ' ')} busy, %", "ts": us(at), "args": {"share": 100 * share}}
                 last = share

@@ -50,7 +50,7 @@ def _mark_phases(ax: object, ledger: Ledger, height: float) -> None:
     """The span of each run of one phase that is long enough to be named, as a bracket near the top."""
     width = ledger.records[-1].launched - ledger.records[0].launched
     for phase, run in groupby((r for r in ledger.records if r.phase != "other"), key=lambda r: r.phase):
-        launched = [(r.launched - ledger._began) / PS_PER_US for r in run]
+        launched = [(r.launched - ledger.began) / PS_PER_US for r in run]
         if (launched[-1] - launched[0]) * PS_PER_US < 0.02 * width:
             continue
         colour, _ = style.look_of(phase, style.PHASES)

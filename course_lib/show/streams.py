@@ -13,7 +13,7 @@ PS_PER_US = 10**6
 
 def timeline(ledger: Ledger, title: str = "The host runs ahead of the device") -> None:
     """The host's launches and the device's operators on one axis of emulated time, and the last launch named."""
-    records, began = ledger.records, ledger._began
+    records, began = ledger.records, ledger.began
     with style.figure(height=3.4) as (_, ax):
         for number, record in enumerate(records):
             start, launched = (record.start - began) / PS_PER_US, (record.launched - began) / PS_PER_US
@@ -30,7 +30,7 @@ def timeline(ledger: Ledger, title: str = "The host runs ahead of the device") -
 
 def sentence(ledger: Ledger) -> str:
     """What the figure says: when the host had launched everything, and when the device was done."""
-    launched = (ledger.records[-1].launched - ledger._began) / PS_PER_S
+    launched = (ledger.records[-1].launched - ledger.began) / PS_PER_S
     done = ledger.elapsed_ps / PS_PER_S
     return (
         f"The host had launched all {len(ledger.records)} operators after {quantity(launched, 's')}; "

@@ -217,7 +217,7 @@ def test_busy_share_counts_every_picosecond_once() -> None:
     ledger = profiled().ledger
     for part in trace.PARTS:
         times = trace.busy_times(ledger.records, part)
-        window, shares = trace.window_ps(ledger.elapsed_ps), list(trace.busy_share(ledger.records, part, ledger._began, ledger.elapsed_ps))
+        window, shares = trace.window_ps(ledger.elapsed_ps), list(trace.busy_share(ledger.records, part, ledger.began, ledger.elapsed_ps))
         lengths = [min(window, ledger.elapsed_ps - at) for at, _ in shares]
         assert len(shares) <= trace.WINDOWS + 1
         assert all(0 <= share <= 1 for _, share in shares)

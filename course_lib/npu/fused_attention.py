@@ -1,10 +1,12 @@
-"""Flash attention, ``npu_fusion_attention``: scores live on the chip, never in device memory, forward or backward.
+"""Flash attention: scores live on the chip, never in device memory, forward or backward.
 
 Query (B, H, T, K), key (B, G, S, K), value (B, G, S, W), with G dividing H: query head h meets key head h // (H/G).
 Forward keeps of each row of scores its maximum m and the sum of exp(score − m); backward computes the scores again,
 5 products for the forward's 2. So memory grows with T and S, not with T·S.
 
 Query i sees the keys j with i − left ≤ j ≤ i + right; what lies outside costs nothing. Causal attention is right = 0.
+
+A position bias joins the scores after they are scaled; ``pse_scale`` times it.
 
 The numbers are computed in blocks of rows. Scores and sums are float32; probabilities are rounded to the inputs' dtype
 before they meet the values, for the cube takes both factors in one dtype; each result is rounded once.
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from course_lib.chip.cost import Matmul, Work
 from course_lib.npu import runtime
-from course_lib.npu.fused import define, keep, refuse, wide
+from course_lib.npu.fused import define, keep, wide
 from course_lib.npu.work import ATTENTION, distinct, dtype_name, tensors_in
 
 EVERYWHERE = 2**31 - 1  # torch_npu's "no limit" for pre_tockens and next_tockens
@@ -51,7 +53,7 @@ class Scores:
     """Blocks of rows of the scores of one call, on host tensors."""
 
     def __init__(self, q: Tensor, k: Tensor, pse: Tensor | None, mask: Tensor | None, seed: Tensor | None, numbers: tuple) -> None:
-        self.keep, self.scale, self.left, self.right = numbers
+        self.keep, self.scale, self.pse_scale, self.left, self.right = numbers
         (self.B, self.H, self.T, _), self.G, self.S = q.shape, k.shape[1], k.shape[2]
         self.shape = (self.B, self.H, self.T, self.S)
         self.q, self.k = wide(q), wide(k)
@@ -78,7 +80,7 @@ class Scores:
         s = (self.grouped(self.q[:, :, rows]) @ self.k[:, :, columns].mT).view(self.B, self.H, -1, columns.stop - columns.start)
         s *= self.scale
         if self.pse is not None:
-            s += self.pse[:, :, rows, columns]
+            s.add_(self.pse[:, :, rows, columns], alpha=self.pse_scale)
         if self.mask is not None:
             s.masked_fill_(self.mask[:, :, rows, columns].bool(), NOT_THERE)
         i, j = torch.arange(rows.start, rows.stop)[:, None], torch.arange(columns.start, columns.stop)
@@ -93,9 +95,9 @@ class Scores:
 # -- kernels ------------------------------------------------------------------------------------------
 
 
-def _flash(
+def flash_kernel(
     q: Tensor, k: Tensor, v: Tensor, pse: Tensor | None, mask: Tensor | None, seed: Tensor | None, order: list[int],
-    keep: float, scale: float, left: int, right: int,
+    keep: float, scale: float, pse_scale: float, left: int, right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out (B, H, T, W), m, sum); ``order`` is that of the result's dimensions in memory."""
     B, H, T, _ = q.shape
@@ -104,7 +106,7 @@ def _flash(
     top, total = (torch.zeros(B, H, T, LANES, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(2))
     if q.device.type == "meta":
         return out, top, total
-    scores, v_ = Scores(q, k, pse, mask, seed, (keep, scale, left, right)), wide(v)
+    scores, v_ = Scores(q, k, pse, mask, seed, (keep, scale, pse_scale, left, right)), wide(v)
     for rows, columns in scores.blocks():
         s = scores.of(rows, columns)
         m = s.amax(-1, keepdim=True)
@@ -117,9 +119,9 @@ def _flash(
     return out, top, total
 
 
-def _flash_backward(
+def flash_backward_kernel(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pse: Tensor | None, mask: Tensor | None, out: Tensor, top: Tensor, total: Tensor,
-    seed: Tensor | None, keep: float, scale: float, left: int, right: int,
+    seed: Tensor | None, keep: float, scale: float, pse_scale: float, left: int, right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, dK, dV. With dP = dO·Vᵀ and r = Σ P·dP of each row: dS = P·(dP − r), dQ = dS·K, dK = dSᵀ·Q, dV = Pᵀ·dO.
 
@@ -129,7 +131,7 @@ def _flash_backward(
     results = tuple(torch.empty_like(t) for t in (q, k, v))
     if q.device.type == "meta":
         return results
-    scores = Scores(q, k, pse, mask, seed, (keep, scale, left, right))
+    scores = Scores(q, k, pse, mask, seed, (keep, scale, pse_scale, left, right))
     v_, grad_ = wide(v), wide(grad)
     dq, dk, dv = torch.zeros_like(scores.q), torch.zeros_like(scores.k), torch.zeros_like(v_)
     safe = total[..., :1].clamp_min(torch.finfo(total.dtype).tiny)
@@ -159,22 +161,22 @@ def _grads(ctx: Any, grad: Tensor, *_: None) -> tuple:
     q, k, v, pse, mask, seed, out, top, total = ctx.saved_tensors
     if ctx.needs_input_grad[3]:
         raise NotImplementedError("npu_fusion_attention: pse has no gradient here; it would take memory for all T·S scores")
-    return *flash_backward(grad, q, k, v, pse, mask, out, top, total, seed, *ctx.numbers[-4:]), *(None,) * 8
+    return *flash_backward(grad, q, k, v, pse, mask, out, top, total, seed, *ctx.numbers[-5:]), *(None,) * 9
 
 
 # S = QKᵀ again and dQ, dK of width K; dP, dV of width W
 flash_backward = define(
     "npu_fusion_attention_grad(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? pse, Tensor? mask, Tensor out, Tensor softmax_max, "
-    "Tensor softmax_sum, Tensor? seed, float keep, float scale, int left, int right) -> (Tensor, Tensor, Tensor)",
-    _flash_backward, lambda a, k, o: _work(*a[1:4], a[12:14], (3, 2), [*tensors_in(a[:9])], o),
+    "Tensor softmax_sum, Tensor? seed, float keep, float scale, float pse_scale, int left, int right) -> (Tensor, Tensor, Tensor)",
+    flash_backward_kernel, lambda a, k, o: _work(*a[1:4], a[13:15], (3, 2), [*tensors_in(a[:9])], o),
 )  # fmt: skip
 flash = define(
-    "npu_fusion_attention(Tensor q, Tensor k, Tensor v, Tensor? pse, Tensor? mask, Tensor? seed, int[] order, float keep, float scale, "
+    "npu_fusion_attention(Tensor q, Tensor k, Tensor v, Tensor? pse, Tensor? mask, Tensor? seed, int[] order, float keep, float scale, float pse_scale, "
     "int left, int right) -> (Tensor, Tensor, Tensor)",
-    _flash, lambda a, k, o: _work(*a[:3], a[9:11], (1, 1), tensors_in(a[:5]), o), _grads, keep(0, 1, 2, 3, 4, 5, results=(0, 1, 2), constant=(1, 2)),
+    flash_kernel, lambda a, k, o: _work(*a[:3], a[10:12], (1, 1), tensors_in(a[:5]), o), _grads, keep(0, 1, 2, 3, 4, 5, results=(0, 1, 2), constant=(1, 2)),
 )  # fmt: skip
 
-# -- what programs call -------------------------------------------------------------------------------
+# -- what PyTorch calls -------------------------------------------------------------------------------
 
 
 def draw_seed(q: Tensor, numbers: int) -> Tensor:
@@ -196,69 +198,5 @@ def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, attn_mask: Ten
         full = full.flatten(0, -4) if query.dim() > 4 else full
         pse, mask = (None, full.logical_not()) if full.dtype == torch.bool else (full, None)
     seed = draw_seed(q, q.shape[:-1].numel() * k.shape[2]) if dropout_p else None
-    numbers = (1.0 - dropout_p, q.shape[-1] ** -0.5 if scale is None else scale, EVERYWHERE, 0 if is_causal else EVERYWHERE)
+    numbers = (1.0 - dropout_p, q.shape[-1] ** -0.5 if scale is None else scale, 1.0, EVERYWHERE, 0 if is_causal else EVERYWHERE)
     return flash(q, k, v, pse, mask, seed, [0, 1, 2, 3], *numbers)[0].view(*query.shape[:-1], value.shape[-1])
-
-
-ORDERS = {"BNSD": [0, 1, 2, 3], "BSND": [0, 2, 1, 3], "BSH": [0, 2, 1, 3], "SBH": [2, 0, 1, 3]}  # in memory, of (B, N, S, D)
-
-
-def heads_apart(t: Tensor, layout: str, heads: int) -> Tensor:
-    """A view (B, N, S, D) of ``t``."""
-    if layout in ("BSH", "SBH"):
-        t = t.unflatten(-1, (heads, -1))
-    order = ORDERS[layout]
-    return t.permute([order.index(i) for i in range(4)])
-
-
-def band(sparse_mode: int, mask: Tensor | None, before: int, after: int, T: int, S: int) -> tuple[Tensor | None, int, int]:
-    """(mask to apply, left, right) of a sparse mode. 2 is causal from the upper left, 3 from the lower right, 4 a band there."""
-    if sparse_mode in (0, 1):
-        return (mask, before, after) if sparse_mode == 0 and mask is not None else (mask, EVERYWHERE, EVERYWHERE)
-    if sparse_mode not in (2, 3, 4):
-        raise NotImplementedError(f"torch_npu.npu_fusion_attention(sparse_mode={sparse_mode}): the emulation has 0 to 4; prefixes and packed blocks need TND layout")
-    if mask is None or tuple(mask.shape[-2:]) != (2048, 2048):
-        found = "none" if mask is None else f"one of shape {tuple(mask.shape)}"
-        raise ValueError(f"npu_fusion_attention(sparse_mode={sparse_mode}) wants atten_mask of shape (2048, 2048), ones above the diagonal, whatever T is; got {found}")
-    shift = S - T
-    return None, *{2: (EVERYWHERE, 0), 3: (EVERYWHERE, shift), 4: (before - shift, after + shift)}[sparse_mode]
-
-
-def npu_fusion_attention(
-    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, pse: Tensor | None = None, padding_mask: Tensor | None = None,
-    atten_mask: Tensor | None = None, scale: float = 1.0, keep_prob: float = 1.0, pre_tockens: int = EVERYWHERE, next_tockens: int = EVERYWHERE,
-    inner_precise: int = 0, prefix: list | None = None, actual_seq_qlen: list | None = None, actual_seq_kvlen: list | None = None,
-    sparse_mode: int = 0, gen_mask_parallel: bool = True, sync: bool = False, softmax_layout: str = "", sink: Tensor | None = None,
-    dropout_mask: Tensor | None = None, seed: int = 0, offset: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:  # fmt: skip
-    """(out in the query's layout, softmax max and sum (B, N, T, 8), an empty tensor, seed, offset, numbers drawn).
-
-    ``atten_mask`` is True (1) where a key is *not* seen, the opposite of PyTorch's. Note ``scale=1``: pass 1/√K.
-    """
-    name = "npu_fusion_attention"
-    refuse(name, "sequences packed without a batch dimension (TND) are not emulated; use a batch with atten_mask",
-           actual_seq_qlen=actual_seq_qlen, actual_seq_kvlen=actual_seq_kvlen, prefix=prefix, input_layout="TND" if input_layout == "TND" else None)  # fmt: skip
-    refuse(name, "torch_npu itself does not use it", padding_mask=padding_mask)
-    refuse(name, sink=sink, dropout_mask=dropout_mask, softmax_layout=softmax_layout or None)
-    if input_layout not in ORDERS:
-        raise ValueError(f"{name}: input_layout is {input_layout!r}; expected one of {', '.join(ORDERS)}")
-    q = heads_apart(query, input_layout, head_num)
-    groups = head_num if input_layout in ("BNSD", "BSND") else key.shape[-1] // q.shape[-1]
-    k, v = heads_apart(key, input_layout, groups), heads_apart(value, input_layout, groups)
-    _check(name, q, k, v, head_num)
-    T, S = q.shape[2], k.shape[2]
-    mask, left, right = band(sparse_mode, atten_mask, pre_tockens, next_tockens, T, S)
-    numbers = q.shape[:-1].numel() * S if keep_prob < 1 else 0
-    generator = runtime.devices[q.device.index].generator if numbers and q.device.type == "npu" else None
-    state = (generator.initial_seed(), generator.get_offset()) if generator else (seed, offset)
-    drawn = draw_seed(q, numbers) if numbers else None
-    out, top, total = flash(q, k, v, pse, mask, drawn, ORDERS[input_layout], keep_prob, scale, left, right)
-    out = out.permute(ORDERS[input_layout])
-    return out.flatten(-2) if input_layout in ("BSH", "SBH") else out, top, total, query.new_empty(0), *state, numbers
-
-
-def _check(name: str, q: Tensor, k: Tensor, v: Tensor, heads: int) -> None:
-    fits = q.shape[1] == heads and k.shape[1] == v.shape[1] and heads % k.shape[1] == 0
-    if not fits or k.shape[2] != v.shape[2] or q.shape[-1] != k.shape[-1] or not q.shape[0] == k.shape[0] == v.shape[0]:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
-        raise ValueError(f"{name}: head_num={heads} and query, key, value of (B, N, S, D) {shapes} do not fit together")

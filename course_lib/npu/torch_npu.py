@@ -22,7 +22,7 @@ else:
     from course_lib.npu import device as npu  # noqa: F401  torch_npu.npu is torch.npu
     from course_lib.npu import profiler  # noqa: F401
     from course_lib.npu.fused import npu_add_rms_norm, npu_geglu, npu_rms_norm, npu_rotary_mul, npu_swiglu  # noqa: F401
-    from course_lib.npu.fused_attention import npu_fusion_attention  # noqa: F401
+    from course_lib.npu.fusion_attention import npu_fusion_attention, npu_fusion_attention_v2  # noqa: F401
     from course_lib.npu.fused_experts import (  # noqa: F401
         npu_grouped_matmul, npu_moe_gating_top_k_softmax, npu_moe_token_permute, npu_moe_token_unpermute,
     )  # fmt: skip

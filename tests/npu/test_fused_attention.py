@@ -82,9 +82,15 @@ def test_sparse_modes(mode):
     check(lambda *a: torch_npu.npu_fusion_attention(*a, H, "BNSD", scale=0.3, **on_device)[0], lambda *a: textbook(*a, mask, scale=0.3), inputs())
 
 
-def test_position_bias():
+@pytest.mark.parametrize("pse_type", [1, 0])
+def test_position_bias_joins_before_or_after_the_scaling(pse_type):
     pse = torch.randn(1, H, T, S)
-    check(lambda *a: torch_npu.npu_fusion_attention(*a, H, "BNSD", scale=0.3, pse=pse.to("npu"))[0], lambda *a: textbook(*a, scale=0.3, pse=pse.double()), inputs())
+    bias = pse.double() * (0.3 if pse_type else 1.0)
+    calls = [lambda *a: torch_npu.npu_fusion_attention_v2(*a, H, "BNSD", scale=0.3, pse=pse.to("npu"), pse_type=pse_type)[0]]
+    if pse_type:
+        calls += [lambda *a: torch_npu.npu_fusion_attention(*a, H, "BNSD", scale=0.3, pse=pse.to("npu"))[0]]
+    for call in calls:
+        check(call, lambda *a: textbook(*a, scale=0.3, pse=bias), inputs())
 
 
 def test_blocks_of_rows_are_seamless(monkeypatch):
@@ -253,15 +259,29 @@ def test_pairs_are_counted(T, S, left, right):
 
 
 REFUSED = {
-    "TND": (NotImplementedError, "TND", dict(input_layout="TND")),
     "prefix": (NotImplementedError, "prefix=", dict(prefix=[1])),
-    "sequences": (NotImplementedError, "actual_seq_qlen=", dict(actual_seq_qlen=[1])),
+    "sequences": (NotImplementedError, "actual_seq_qlen=.*TND", dict(actual_seq_qlen=[1])),
     "sink": (NotImplementedError, "sink=", dict(sink=torch.zeros(1))),
     "prefix mode": (NotImplementedError, "sparse_mode=5", dict(sparse_mode=5)),
     "no mask": (ValueError, r"2048, 2048", dict(sparse_mode=2)),
     "layout": (ValueError, "BHSD", dict(input_layout="BHSD")),
+    "softmax layout": (ValueError, "NTD", dict(softmax_layout="NTD")),
     "heads": (ValueError, "do not fit", dict(head_num=3)),
 }  # fmt: skip
+REFUSED_V2 = {
+    "rope": (NotImplementedError, "torch.cat", dict(query_rope=torch.zeros(1))),
+    "alibi": (NotImplementedError, "pse_type=2", dict(pse_type=2)),
+    "start": (NotImplementedError, "q_start_idx=", dict(q_start_idx=[0])),
+    "softmax layout": (ValueError, "NTD", dict(softmax_layout="NTD")),
+    "heads": (ValueError, "npu_fusion_attention_v2: .*do not fit", dict(head_num=3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_V2)
+def test_what_the_second_version_lacks_says_why(name):
+    error, text, arguments = REFUSED_V2[name]
+    with pytest.raises(error, match=text):
+        torch_npu.npu_fusion_attention_v2(*[t.to("npu") for t in inputs()], **(dict(head_num=H, input_layout="BNSD") | arguments))
 
 
 @pytest.mark.parametrize("name", REFUSED)

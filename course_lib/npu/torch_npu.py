@@ -27,6 +27,7 @@ else:
         npu_grouped_matmul, npu_moe_gating_top_k_softmax, npu_moe_token_permute, npu_moe_token_unpermute,
     )  # fmt: skip
     from course_lib.npu.fused_loss import npu_apply_adam_w, npu_cross_entropy_loss, npu_scaled_masked_softmax  # noqa: F401
+    from course_lib.npu.infer_attention import npu_fused_infer_attention_score, npu_incre_flash_attention, npu_prompt_flash_attention  # noqa: F401
     from course_lib.npu.quantised import npu_dynamic_quant, npu_quant_matmul, npu_weight_quant_batchmatmul  # noqa: F401
 
 

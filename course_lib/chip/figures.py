@@ -21,6 +21,7 @@ TAGS = {
     "S": "read through a secondary transcription",
     "D": "arithmetic from other figures",
     "A": "assumed: taken over from another chip, or chosen for an emulated one",
+    "C": "calibrated here, on the measurement named",
 }
 # dimension: (largest possible SI value, {unit: factor to SI}); the first unit is the SI one
 DIMENSIONS: dict[str, tuple[float, dict[str, int | Decimal]]] = {
@@ -29,6 +30,8 @@ DIMENSIONS: dict[str, tuple[float, dict[str, int | Decimal]]] = {
     "bytes": (1e15, {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "GB": 10**9, "TB": 10**12}),
     "bandwidth": (1e16, {"B/s": 1, "MB/s": 10**6, "GB/s": 10**9, "TB/s": 10**12, "Gb/s": 125 * 10**6}),
     "bytes per cycle": (1e6, {"B/cycle": 1}),
+    "cycles": (1e6, {"cycle": 1}),
+    "ratio": (1, {"1": 1}),
     "time": (1.0, {"s": 1, "ms": Decimal("1e-3"), "us": Decimal("1e-6"), "ns": Decimal("1e-9")}),
     "power": (1e8, {"W": 1, "kW": 1000, "MW": 10**6}),
     "rate": (1e20, {"FLOP/s": 1, "GFLOP/s": 10**9, "TFLOP/s": 10**12, "PFLOP/s": 10**15, "TOP/s": 10**12}),
@@ -166,7 +169,7 @@ def _value(raw: object, factor: int | Decimal, dimension: str, largest: float) -
     if type(raw) not in (int, Decimal) or not Decimal(raw).is_finite() or not 0 < raw * factor <= largest:
         return None
     value = Decimal(raw) * factor
-    if dimension in ("count", "bytes per cycle", "FLOP per lane") and value != int(value):
+    if dimension in ("count", "bytes per cycle", "cycles", "FLOP per lane") and value != int(value):
         return None
     return int(value) if value == int(value) else float(value)
 

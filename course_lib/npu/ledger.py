@@ -93,10 +93,9 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        # Kept by column: no object is made for an operator, so that Python's garbage collector has nothing to walk.
-        self._columns = tuple([] for _ in Record._fields)
-        self._changes = tuple([] for _ in MemoryChange._fields)
-        self._append = tuple(column.append for column in self._columns)
+        # Kept as one long row each: no object is made for an operator, so that Python's garbage collector has nothing to walk.
+        self._records: list = []
+        self._changes: list = []
         self._unsorted: list[runtime.Held] = []
         self.began = self._ended = 0  # picoseconds of the host's clock: when the ledger was opened, when all in it was done
 
@@ -111,7 +110,7 @@ class Ledger:
         self._spec = runtime.devices[0].spec
         self.began = runtime.host.now
         for held in list(runtime.live.values()):
-            self._note_memory(self.began, held.block.size, held)
+            self._changes += (self.began, held.block.size, held, held.index)
         runtime.ledgers.append(self)
         where.open()
         return self
@@ -143,31 +142,28 @@ class Ledger:
             for held in self._unsorted:
                 held.category = held.category or category_of(phase)
             self._unsorted.clear()
-        op_, phase_, module_, shapes_, device_, stream_, launched_, start_, cost_ = self._append
-        op_(op), phase_(phase), module_(module), shapes_(shapes), device_(device.index)
-        stream_(stream.id), launched_(stream.host.now), start_(start), cost_(price)
+        self._records += (op, phase, module, shapes, device.index, stream.id, stream.host.now, start, price)
 
     def memory_changed(self, held: runtime.Held, change: int) -> None:
         if change > 0 and held.category is None:
             self._unsorted.append(held)  # the operator that took it is recorded next, with its phase
         if change:
-            self._note_memory(runtime.host.now, change, held)
-
-    def _note_memory(self, at: int, change: int, held: runtime.Held) -> None:
-        ats, changes, helds, devices = self._changes
-        ats.append(at), changes.append(change), helds.append(held), devices.append(held.index)
+            self._changes += (runtime.host.now, change, held, held.index)
 
     # -- reading --
 
     @property
     def records(self) -> list[Record]:
         """Every operator so far, in the order of launch."""
-        return [Record(*row) for row in zip(*self._columns)]
+        return [Record(*row) for row in zip(*[iter(self._records)] * len(Record._fields))]
 
     @property
     def memory(self) -> list[MemoryChange]:
         """What was held when the ledger was opened, then every change since."""
-        return [MemoryChange(*row) for row in zip(*self._changes)]
+        return [MemoryChange(*row) for row in zip(*[iter(self._changes)] * len(MemoryChange._fields))]
+
+    def _column(self, name: str) -> list:
+        return self._records[Record._fields.index(name) :: len(Record._fields)]
 
     def _now(self) -> int:
         """When the host and all streams will be done."""
@@ -191,7 +187,7 @@ class Ledger:
         return table(self.records, by, depth)
 
     def totals(self) -> Totals:
-        costs = self._columns[-1]
+        costs = self._column("cost")
         known = all(c.energy_pj is not None for c in costs)
         return Totals(
             calls=len(costs),
@@ -213,9 +209,9 @@ class Ledger:
         """
         if model_flops is not None and convention == "executed cube FLOPs":
             raise ValueError('utilisation(model_flops=…) needs convention="6N", "6N+attention causal" or "6N+attention full"')
-        flops = sum(c.cube_flops for c in self._columns[-1]) if model_flops is None else model_flops
+        flops = sum(c.cube_flops for c in self._column("cost")) if model_flops is None else model_flops
         peak = self._spec.peak(dtype, counts=counts)
-        devices = len(set(self._columns[Record._fields.index("device")])) or 1
+        devices = len(set(self._column("device"))) or 1
         label = f"{dtype} {counts} peak " + ("unknown" if peak is None else f"{peak / 1e12:.4g} TFLOP/s") + (f" × {devices}" if devices > 1 else "")
         seconds = self.elapsed_ps / PS_PER_S
         return Utilisation(flops / seconds / (peak * devices) if peak and seconds else None, convention, label)

@@ -47,7 +47,7 @@ def _charge(name: str, tensors: list[NpuTensor], operands: tuple[Tensor, ...], o
         (m, k), n = operands[0].shape, operands[1].shape[1]
         return Work(matmuls=(Matmul(1, m, k, n, dtype),), **moved)
 
-    charge(name, device, price_of(device, (name, *(t._key for t in tensors)), work, tensors), tensors)
+    charge(name, device, price_of(device, (name, *[t._form for t in tensors]), work, tensors), tensors)
 
 
 HANDLERS[aten.linear_backward.default] = linear_backward

@@ -12,9 +12,9 @@ of their own rounded to 2 MiB. They fit a chip with 64 GiB. On a smaller emulate
 with its memory (by a power of two), so that fragmentation keeps its share: see ``scale_of``.
 """
 
-import bisect
-import itertools
 import threading
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,7 +24,6 @@ from course_lib.npu.snapshot import History
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 MIN_BLOCK = 512
-_ids = itertools.count(1)
 
 
 def scale_of(capacity: int) -> int:
@@ -53,20 +52,21 @@ class Books:
     POOLS = ("all", "small", "large")
 
     def __init__(self) -> None:
-        self.journal: list[tuple[int, ...]] = []  # (1 if large, change of each figure)
+        self.journal: list[int] = []  # rows one after the other, no object for each: 1 if large, change of each figure
         shape = (len(self.POOLS), len(self.FIGURES))
         self.current, self.peak, self.allocated, self.freed = (np.zeros(shape, np.int64) for _ in range(4))
 
-    def note(self, *row: int) -> None:
-        self.journal.append(row)
-        if len(self.journal) >= 8192:
+    def note(self, row: tuple[int, ...]) -> None:
+        self.journal += row
+        if len(self.journal) >= 1 << 16:
             self.add_up()
 
     def add_up(self) -> None:
         """Bring the sums up to date with the journal."""
         if not self.journal:
             return
-        rows, self.journal = np.array(self.journal, np.int64), []
+        journal, self.journal = self.journal, []
+        rows = np.array(journal, np.int64).reshape(-1, 1 + len(self.FIGURES))
         large = rows[:, 0] == 1
         for pool, here in enumerate((np.ones_like(large), ~large, large)):
             changes = rows[here, 1:]
@@ -94,22 +94,17 @@ class Books:
 class Block:
     """A piece of a segment. ``requested`` bytes are used of ``size``; neighbours are linked for merging."""
 
-    __slots__ = ("id", "segment", "offset", "size", "requested", "used", "prev", "next")
+    __slots__ = ("segment", "address", "size", "requested", "used", "prev", "next")
 
-    def __init__(self, segment: "Segment", offset: int, size: int) -> None:
-        self.id = next(_ids)
-        self.segment, self.offset, self.size = segment, offset, size
+    def __init__(self, segment: "Segment", address: int, size: int) -> None:
+        self.segment, self.address, self.size = segment, address, size
         self.requested, self.used = 0, False
         self.prev: Block | None = None
         self.next: Block | None = None
 
     @property
-    def address(self) -> int:
-        return self.segment.address + self.offset
-
-    def unused(self) -> int:
-        """Bytes that this unused block counts as a piece of a split segment; 0 if it is the whole segment."""
-        return self.size if self.size != self.segment.size else 0
+    def offset(self) -> int:
+        return self.address - self.segment.address
 
 
 class Segment:
@@ -119,7 +114,7 @@ class Segment:
 
     def __init__(self, address: int, size: int, pool: str) -> None:
         self.address, self.size, self.pool = address, size, pool
-        self.first = Block(self, 0, size)  # cutting and joining keep it: it is always the one at the start
+        self.first = Block(self, address, size)  # cutting and joining keep it: it is always the one at the start
 
     def blocks(self) -> Iterator[Block]:
         """What it is cut into, by address."""
@@ -140,9 +135,10 @@ class CachingAllocator:
         scale = scale_of(capacity)
         self.small_limit, self.small_segment = MIB // scale, 2 * MIB // scale
         self.large_limit, self.large_segment = 10 * MIB // scale, 20 * MIB // scale
+        self._least_rest = {"small": MIN_BLOCK, "large": self.small_limit + 1}  # less than this is not cut off
         self._free: dict[str, list[tuple[int, int, Block]]] = {"small": [], "large": []}  # (size, address, block), sorted
         self._lock = threading.Lock()
-        self._pending: list[Block] = []
+        self._pending: deque[Block] = deque()  # given back, and not yet joined with their neighbours
         self._next_address = MIN_BLOCK
         self.segments: dict[int, Segment] = {}
         self.retries = self.ooms = 0
@@ -157,31 +153,33 @@ class CachingAllocator:
         if nbytes == 0:
             return Block(_EMPTY, 0, 0)
         with self._lock:
-            self._drain()
+            if self._pending:
+                self._drain()
             size = -(-nbytes // MIN_BLOCK) * MIN_BLOCK
             pool = "small" if size <= self.small_limit else "large"
-            block = self._best_fit(pool, size) or self._grow(pool, size) or self._retry(pool, size)
+            free = self._free[pool]
+            at = bisect_left(free, (size,))
+            block = free.pop(at)[2] if at < len(free) else self._grow(pool, size) or self._retry(pool, size)
             if block is None:
                 self.ooms += 1
                 self._note("oom", 0, size)
                 raise torch.OutOfMemoryError(self._complaint(nbytes))
-            before = block.unused()
-            rest = self._split(block, size)
+            splits, split_bytes = self._cut(block, size, pool)
             block.used, block.requested = True, nbytes
-            splits, split_bytes = (1, rest) if rest else (0, 0)
-            if before:
-                splits, split_bytes = splits - 1, split_bytes - before
-            self.books.note(pool == "large", 1, block.size, nbytes, splits, split_bytes, 0, 0)
+            self.books.note((pool == "large", 1, block.size, nbytes, splits, split_bytes, 0, 0))
             if self.history:
-                self._note("alloc", block.address, block.size, block)
+                self._note("alloc", block.address, block.size)
         return block
 
     def free(self, block: Block) -> None:
-        """Give a block back. Safe from a finalizer that runs at any moment, also inside ``allocate``."""
+        """Give a block back. Safe from a finalizer that runs at any moment, also inside ``allocate``.
+
+        It joins its neighbours when someone asks for memory or for a figure; with a history, which notes times, at once.
+        """
         if block.size == 0:
             return
         self._pending.append(block)
-        if self._lock.acquire(blocking=False):
+        if self.history and self._lock.acquire(blocking=False):
             try:
                 self._drain()
             finally:
@@ -197,19 +195,14 @@ class CachingAllocator:
 
     def _drain(self) -> None:
         while self._pending:
-            block = self._pending.pop()
+            block = self._pending.popleft()
             pool, size, requested = block.segment.pool, block.size, block.requested
             block.used = False
             if self.history:
-                self._note("free_requested", block.address, size, block)
-                self._note("free_completed", block.address, size, block)
-            splits, split_bytes = self._merge(block)
-            self.books.note(pool == "large", -1, -size, -requested, splits, split_bytes, 0, 0)
-
-    def _best_fit(self, pool: str, size: int) -> Block | None:
-        free = self._free[pool]
-        at = bisect.bisect_left(free, (size,))
-        return free.pop(at)[2] if at < len(free) else None
+                self._note("free_requested", block.address, size)
+                self._note("free_completed", block.address, size)
+            splits, split_bytes = self._join(block, self._free[pool])
+            self.books.note((pool == "large", -1, -size, -requested, splits, split_bytes, 0, 0))
 
     def _grow(self, pool: str, size: int) -> Block | None:
         if pool == "small":
@@ -232,48 +225,47 @@ class CachingAllocator:
         self._release_segments()
         return self._grow(pool, size)
 
-    def _split(self, block: Block, size: int) -> int:
-        """Cut ``block`` to ``size``; returns the bytes of the unused rest, 0 where it is too small to keep apart."""
-        rest = block.size - size
-        if rest < MIN_BLOCK or (block.segment.pool == "large" and rest <= self.small_limit):
-            return 0
-        tail = Block(block.segment, block.offset + size, rest)
-        tail.prev, tail.next, block.size = block, block.next, size
-        if tail.next:
-            tail.next.prev = tail
-        block.next = tail
-        self._insert(tail)
-        return rest
+    def _cut(self, block: Block, size: int, pool: str) -> tuple[int, int]:
+        """Cut a free block to ``size``, unless the rest is too small to be kept apart.
 
-    def _merge(self, block: Block) -> tuple[int, int]:
-        """Join ``block`` with unused neighbours; returns what that changed in unused pieces of split segments."""
-        splits, split_bytes = 1, block.size
-        for other in (block.prev, block.next):
-            if other is None or other.used:
-                continue
-            self._remove(other)
-            first, second = (other, block) if other is block.prev else (block, other)
-            first.size += second.size
-            first.next = second.next
-            if second.next:
-                second.next.prev = first
-            block, splits = first, splits - 1
-        self._insert(block)
-        if block.size == block.segment.size:  # the segment is whole again: all its unused pieces are gone
-            pieces = 1 - splits
-            return -pieces, split_bytes - block.size
+        Returns what that changes in unused pieces of split segments: (pieces, bytes). A whole segment is no piece.
+        """
+        segment, before = block.segment, block.size
+        rest = before - size
+        if rest < self._least_rest[pool]:
+            return (0, 0) if before == segment.size else (-1, -before)
+        tail, after = Block(segment, block.address + size, rest), block.next
+        tail.prev, tail.next, block.next, block.size = block, after, tail, size
+        if after is not None:
+            after.prev = tail
+        insort(self._free[pool], (rest, tail.address, tail))
+        return (1, rest) if before == segment.size else (0, -size)
+
+    def _join(self, block: Block, free: list) -> tuple[int, int]:
+        """Put ``block`` among the ``free`` ones, as one with its unused neighbours; returns the change as ``_cut`` does."""
+        splits, split_bytes, before, after = 1, block.size, block.prev, block.next
+        if after is not None and not after.used:
+            del free[bisect_left(free, (after.size, after.address))]
+            block.size += after.size
+            block.next = after = after.next
+            if after is not None:
+                after.prev = block
+            splits -= 1
+        if before is not None and not before.used:
+            del free[bisect_left(free, (before.size, before.address))]
+            before.size += block.size
+            before.next = after
+            if after is not None:
+                after.prev = before
+            block, splits = before, splits - 1
+        insort(free, (block.size, block.address, block))
+        if block.size == block.segment.size:  # whole again: all its unused pieces are gone
+            return splits - 1, split_bytes - block.size
         return splits, split_bytes
-
-    def _insert(self, block: Block) -> None:
-        bisect.insort(self._free[block.segment.pool], (block.size, block.address, block))
-
-    def _remove(self, block: Block) -> None:
-        free = self._free[block.segment.pool]
-        del free[bisect.bisect_left(free, (block.size, block.address))]
 
     def _count_segment(self, pool: str, segments: int, nbytes: int) -> None:
         self.reserved += nbytes
-        self.books.note(pool == "large", 0, 0, 0, 0, 0, segments, nbytes)
+        self.books.note((pool == "large", 0, 0, 0, 0, 0, segments, nbytes))
 
     def _release_segments(self) -> None:
         for pool, free in self._free.items():
@@ -284,9 +276,9 @@ class CachingAllocator:
                 self._note("segment_free", block.address, block.size)
                 self._count_segment(pool, -1, -block.size)
 
-    def _note(self, action: str, address: int, size: int, block: Block | None = None) -> None:
+    def _note(self, action: str, address: int, size: int) -> None:
         if self.history:
-            self.history.note(action, address, size, block)
+            self.history.note(action, address, size)
 
     def _complaint(self, nbytes: int) -> str:
         allocated, reserved = format_size(self.books.read("allocated_bytes", "current")), self.reserved

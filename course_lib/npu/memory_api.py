@@ -144,6 +144,7 @@ def _record_memory_history(
     """Keep what the allocators do, for ``_snapshot``; None ends it. The stacks are Python's."""
     for d in runtime.devices:
         old = d.memory.history
+        d.memory.settle()  # what was freed before is no part of it
         if enabled is None:
             d.memory.history = None
         elif old is None or clear_history:

@@ -22,21 +22,53 @@ def charge(name: str, device: runtime.Device, priced: tuple[Cost, tuple], tensor
         ledger.record(name, shapes, tensors, device, stream, start, price)
 
 
-def price(info: Any, device: runtime.Device, seen: list[Any], keys: tuple, args: list, kwargs: dict, result: Any) -> tuple[Cost, tuple]:
-    """Cost and shapes of one call of the operator ``info`` (see tensor.py) on ``seen``, remembered by operator, shapes, dtypes and which arguments share a storage."""
+class Form:
+    """Shape, strides and dtype of a tensor. There is one object for each, so that it is found in a table by its identity."""
 
+    __slots__ = ("shape", "stride", "dtype")
+
+    def __init__(self, shape: tuple, stride: tuple, dtype: torch.dtype) -> None:
+        self.shape, self.stride, self.dtype = shape, stride, dtype
+
+
+_forms: dict[tuple, Form] = {}
+
+
+def form_of(t: torch.Tensor) -> Form:
+    key = t.shape, t.stride(), t.dtype
+    form = _forms.get(key)
+    if form is None:
+        form = _forms[key] = Form(*key)
+    return form
+
+
+def price(info: Any, device: runtime.Device, seen: list[Any], forms: tuple, args: list, kwargs: dict, result: Any) -> tuple[Cost, tuple]:
+    """Cost and shapes of one call of the operator ``info`` (see tensor.py) on ``seen`` with results of these ``forms``.
+
+    Remembered by operator, shapes, strides, dtypes and which arguments share a storage.
+    """
+    shared = _shared(seen) if len(seen) > 1 else None
+    numbers = _numbers((args, list(kwargs.values()))) if info.needs_arguments else None
+    key = (info, tuple([t._form for t in seen]), forms, shared, numbers)
+    return device.costs.get(key) or _reckon(info, device, key, seen, args, kwargs, result)
+
+
+def _shared(seen: list[Any]) -> tuple | None:
+    """Which of ``seen`` lie in one storage, and where; None if each has its own."""
+    blocks = [id(t._held) for t in seen]
+    if len(set(blocks)) == len(blocks):
+        return None
+    return (*map(blocks.index, blocks), *[t._inner.storage_offset() for t in seen])
+
+
+def _reckon(info: Any, device: runtime.Device, key: tuple, seen: list[Any], args: list, kwargs: dict, result: Any) -> tuple[Cost, tuple]:
     def reckon() -> Work:
         outs = tensors_in(result) or [t for name in info.outs for t in tensors_in(kwargs[name])]
         there = {id(t._inner) for t in seen}
         on_device = [None if isinstance(a, torch.Tensor) and id(a) not in there else a for a in args]  # without the host's scalars
         return work(info.func, tuple(on_device), kwargs, outs)
 
-    blocks = [t._held for t in seen]
-    shared = tuple(map(blocks.index, blocks)) if len(blocks) > 1 else None
-    if shared and len(set(shared)) < len(shared):
-        shared += tuple([t._inner.storage_offset() for t in seen])
-    numbers = _numbers((args, list(kwargs.values()))) if info.needs_arguments else None
-    return price_of(device, (info, tuple([t._key for t in seen]), keys, shared, numbers), reckon, seen)
+    return price_of(device, key, reckon, seen)
 
 
 def _numbers(value: Any) -> Any:

@@ -7,16 +7,14 @@ means), ``ledgers`` (those that listen), and ``live`` (each device storage and t
 
 import os
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from course_lib.chip.spec import ChipSpec, load_chip
-from course_lib.npu import real
+from course_lib.npu import environment, real
 from course_lib.npu.clock import PS_PER_S, Host, Timeline
 from course_lib.npu.generator import Generator
-from course_lib.npu.memory import Block, CachingAllocator
 
 DEFAULT_CHIP = "mini"
 
@@ -34,10 +32,10 @@ class NeedsValues(RuntimeError):
 class Device:
     """One emulated chip: its figures, memory, streams and random numbers."""
 
-    def __init__(self, index: int, spec: ChipSpec, host: Host) -> None:
-        self.index, self.spec, self.host = index, spec, host
+    def __init__(self, index: int, spec: ChipSpec, host: Host, settings: environment.Settings) -> None:
+        self.index, self.spec, self.host, self.settings = index, spec, host, settings
         self.torch_device = torch.device("npu", index)
-        self.memory = CachingAllocator(int(spec.require("memory_bytes")), index)
+        self.memory = settings.allocator(int(spec.require("memory_bytes")), index)
         self.launch_ps = round(spec.require("launch_host") * PS_PER_S)
         self.streams: list[Timeline] = []
         self.default = self.current = self.new_stream()
@@ -45,7 +43,7 @@ class Device:
         self.costs: dict = {}  # (operator, shapes, dtypes) → Cost, filled by price.py
 
     def new_stream(self) -> Timeline:
-        self.streams.append(Timeline(len(self.streams), self.host, self.launch_ps))
+        self.streams.append(self.settings.timeline(len(self.streams), self.host, self.launch_ps))
         return self.streams[-1]
 
     def synchronize(self) -> None:
@@ -56,15 +54,7 @@ class Device:
 class Held(weakref.ref):
     """A device storage and the block of device memory that it holds for as long as it lives."""
 
-    __slots__ = ("key", "block", "index", "device", "category")
-
-    def __new__(cls, storage: torch.UntypedStorage, release: Callable, *rest: object) -> "Held":
-        return super().__new__(cls, storage, release)
-
-    def __init__(self, storage: torch.UntypedStorage, release: Callable, key: int, block: Block, index: int) -> None:
-        super().__init__(storage, release)
-        self.key, self.block, self.index, self.device = key, block, index, devices[index].torch_device
-        self.category: str | None = None  # "weights", "activations", …: see where.py
+    __slots__ = ("key", "block", "index", "device", "category")  # category: "weights", "activations", …, see where.py
 
 
 def _release(held: Held) -> None:
@@ -96,13 +86,17 @@ class NpuStorage(torch.UntypedStorage):
 def hold(storage: torch.UntypedStorage, index: int) -> Held:
     """The device memory of ``storage``, taken now if it is new; raises torch.OutOfMemoryError."""
     key = storage._cdata
-    held = live.get(key)
-    if held is None:
-        block = devices[index].memory.allocate(storage.nbytes())
-        held = live[key] = Held(storage, _release, key, block, index)
-        storage.__class__ = NpuStorage
-        for ledger in ledgers:
-            ledger.memory_changed(held, block.size)
+    return live.get(key) or _take(storage, key, index)
+
+
+def _take(storage: torch.UntypedStorage, key: int, index: int) -> Held:
+    device = devices[index]
+    block = device.memory.allocate(storage.nbytes())
+    held = live[key] = Held(storage, _release)
+    held.key, held.block, held.index, held.device, held.category = key, block, index, device.torch_device, None
+    storage.__class__ = NpuStorage
+    for ledger in ledgers:
+        ledger.memory_changed(held, block.size)
     return held
 
 
@@ -143,8 +137,8 @@ def use(chip: str | Path | ChipSpec | None = None, count: int = 1, numerics: boo
     if not isinstance(chip, (str, Path, ChipSpec, type(None))):
         raise TypeError(f"use({chip!r}): expected the name of a chip, the path of a .toml file or a ChipSpec")
     spec = chip if isinstance(chip, ChipSpec) else load_chip(chip or os.environ.get("COURSE_CHIP") or DEFAULT_CHIP)
-    new_host = Host()
-    fresh = [Device(i, spec, new_host) for i in range(count)]
+    settings, new_host = environment.read(), Host()
+    fresh = [Device(i, spec, new_host, settings) for i in range(settings.count(count))]
     new_backing = torch.device("cpu" if numerics else "meta")
     if live and new_backing != backing:
         raise RuntimeError(f"use(numerics={numerics}): {len(live)} storages live on npu, with{'out' if numerics else ''} numbers; delete their tensors first")
@@ -152,7 +146,7 @@ def use(chip: str | Path | ChipSpec | None = None, count: int = 1, numerics: boo
     backing = new_backing
     for old, new in zip(devices, fresh):
         new.generator = old.generator
-    devices, current, host = fresh, min(current, count - 1), new_host
+    devices, current, host = fresh, min(current, len(fresh) - 1), new_host
     return spec
 
 

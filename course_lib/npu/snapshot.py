@@ -22,14 +22,14 @@ class History:
     def __init__(self, clock: Callable[[], int], stacks: bool, max_entries: int) -> None:
         self.clock, self.stacks = clock, stacks
         self.events: deque[dict] = deque(maxlen=max_entries)
-        self.frames: dict[int, list[dict]] = {}  # by block: where it was allocated
+        self.frames: dict[int, list[dict]] = {}  # by address of a block in use: where it was allocated
 
-    def note(self, action: str, address: int, size: int, block: "Block | None" = None) -> None:
+    def note(self, action: str, address: int, size: int) -> None:
         frames = stack() if self.stacks else []
         if action == "alloc":
-            self.frames[block.id] = frames
+            self.frames[address] = frames
         elif action == "free_completed":
-            self.frames.pop(block.id, None)
+            self.frames.pop(address, None)
         self.events.append({"action": action, "addr": address, "size": size, "stream": 0, "time_us": self.clock(), "frames": frames})
 
 
@@ -64,4 +64,4 @@ def _segment(index: int, segment: "Segment", frames: dict[int, list[dict]]) -> d
 def _block(block: "Block", frames: dict[int, list[dict]]) -> dict:
     state = "active_allocated" if block.used else "inactive"
     requested = block.requested if block.used else 0
-    return {"address": block.address, "size": block.size, "requested_size": requested, "state": state, "frames": frames.get(block.id, [])}
+    return {"address": block.address, "size": block.size, "requested_size": requested, "state": state, "frames": frames.get(block.address, [])}

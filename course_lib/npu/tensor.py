@@ -18,12 +18,13 @@ import torch
 
 from course_lib.npu import ops, runtime
 from course_lib.npu.generator import draw
-from course_lib.npu.price import charge, price
+from course_lib.npu.price import Form, charge, form_of, price
 from course_lib.npu.work import POOLS, base_name
 
 FREE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_reshape_alias", "set", "resize", "record_stream", "_has_compatible_shallow_copy_type", "is_same_size"}
 PLAIN = {int, float, bool, type(None), torch.dtype, str}
 NO_LAYOUT = "npu: tensors with layout {} are not supported; use dense tensors, or keep this one on the cpu"
+NOTHING: dict = {}  # keyword arguments, where there are none
 HOST = -1  # in place of a device index: the result is to lie in host memory
 NEEDS_ARGUMENTS = POOLS | {"index_put", "_index_put_impl", "convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 
@@ -33,16 +34,14 @@ class NpuTensor(torch.Tensor):
 
     _inner: torch.Tensor
     _held: runtime.Held
-    _key: tuple
+    _form: Form
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
-        info = _infos.get(func) or _learn(func)
-        if info.view:
-            return look(info, args, kwargs)
-        return (info.handler or run)(info, args, kwargs or {})
+        info = _infos.get(id(func)) or _learn(func)
+        return info.handler(info, args, kwargs or NOTHING)
 
     # -- what a tensor does outside of operators --
 
@@ -87,7 +86,7 @@ class NpuTensor(torch.Tensor):
         if not isinstance(other, NpuTensor):
             raise RuntimeError(f"cannot assign a tensor on {other.device} to .data of a tensor on {self.device}; move it first with .to({str(self.device)!r})")
         _data.__set__(self, other)
-        self._inner, self._held, self._key = other._inner, other._held, other._key
+        self._inner, self._held, self._form = other._inner, other._held, other._form
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self._inner.untyped_storage()
@@ -126,33 +125,39 @@ class _Plain:
 class Info:
     """What is known of an operator before it runs; made once, on its first call."""
 
-    __slots__ = ("func", "name", "kernel", "free", "view", "in_place", "outs", "random", "takes_generator", "waits", "needs_arguments", "handler")
+    __slots__ = ("func", "name", "kernel", "free", "in_place", "outs", "random", "takes_generator", "waits", "needs_arguments", "handler")
 
     def __init__(self, func: torch._ops.OpOverload) -> None:
         schema = func._schema
         self.func, self.name = func, base_name(func)
-        self.kernel = ops.KERNELS.get(func, func)
+        self.kernel = ops.KERNELS.get(func, func._op)  # func(…) is func._op(…) with one more call
         written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         self.free = self.name in FREE or func.is_view
-        self.view = func.is_view or self.name == "_unsafe_view"
         self.in_place = bool(written) and not written[0].is_out and len(schema.returns) == 1 and schema.returns[0].alias_info is not None
         self.outs = [a.name for a in written if a.is_out]
         self.random = torch.Tag.nondeterministic_seeded in func.tags
         self.takes_generator = any(a.name == "generator" and a.kwarg_only for a in schema.arguments)
         self.waits = torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
         self.needs_arguments = self.name in NEEDS_ARGUMENTS
-        self.handler = HANDLERS.get(func)
+        self.handler = _handler(func, self.name)
 
 
-_infos: dict[torch._ops.OpOverload, Info] = {}
+_infos: dict[int, Info] = {}  # by id: to hash an operator itself is a call of Python
 HANDLERS: dict[torch._ops.OpOverload, Any] = {}  # operators with rules of their own, see transfer.py
 
 
 def _learn(func: torch._ops.OpOverload) -> Info:
-    info = _infos[func] = Info(func)
-    if info.handler is None and func not in ops.WHOLE and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        info.handler, info.view = by_parts, False
+    info = _infos[id(func)] = Info(func)
     return info
+
+
+def _handler(func: torch._ops.OpOverload, name: str) -> Any:
+    """The rule by which ``func`` is carried out."""
+    if func in HANDLERS:
+        return HANDLERS[func]
+    if func not in ops.WHOLE and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return by_parts
+    return look if func.is_view or name == "_unsafe_view" else run
 
 
 def by_parts(info: Info, args: tuple, kwargs: dict) -> Any:
@@ -164,32 +169,34 @@ def run(info: Info, args: tuple, kwargs: dict) -> Any:
     """Run an operator that stays on one device: compute, wrap, charge."""
     seen: list[NpuTensor] = []
     host_args = _unwrap(args, seen)
-    host_kwargs, index = _unwrap_kwargs(kwargs, seen)
-    index = _one_device(info, seen, index)
+    host_kwargs, index = _unwrap_kwargs(kwargs, seen) if kwargs else (kwargs, None)
+    index = _one_device(seen, index)
     if index == HOST:  # zeros_like(x, device="cpu")
         return info.func(*host_args, **host_kwargs)
-    for t in args[:1] if info.in_place else [kwargs[name] for name in info.outs]:
-        if type(t) is not NpuTensor and isinstance(t, torch.Tensor):
-            _foreign(t, seen, written=True)
+    if info.in_place or info.outs:
+        _refuse_foreign(info, args, kwargs, seen)
     device = runtime.devices[index]
     result = _compute(info, host_args, host_kwargs, device)
-    out, keys = _wrap_result(info, result, args, kwargs, index)
+    if type(result) is torch.Tensor and not (info.in_place or info.outs):
+        out = wrap(result, index)
+        forms = out._form
+    else:
+        out, forms = _wrap_result(info, result, args, kwargs, index)
     if not info.free:
-        priced = price(info, device, seen, keys, host_args, host_kwargs, result)
-        charge(info.name, device, priced, seen)
+        charge(info.name, device, price(info, device, seen, forms, host_args, host_kwargs, result), seen)
         if info.waits:
             device.current.wait()
     return out
 
 
-def look(info: Info, args: tuple, kwargs: dict | None) -> NpuTensor | list[NpuTensor]:
+def look(info: Info, args: tuple, kwargs: dict) -> NpuTensor | list[NpuTensor]:
     """A view, or several (``split``): another shape for the same memory. Nothing is launched."""
     base = args[0]
     if _inference() and not base.is_inference():  # a view of an ordinary tensor is one
         with torch.inference_mode(False):
             return look(info, args, kwargs)
-    inner = info.func(base._inner, *args[1:], **kwargs) if kwargs else info.func(base._inner, *args[1:])
-    return _clothe(inner, base._held) if type(inner) is torch.Tensor else [_clothe(i, base._held) for i in inner]
+    inner = info.kernel(base._inner, *args[1:], **kwargs)
+    return _view(inner, base._held) if type(inner) is torch.Tensor else [_view(i, base._held) for i in inner]
 
 
 _inference = torch._C.is_inference_mode_enabled
@@ -221,8 +228,6 @@ def _unwrap(args: Any, seen: list[NpuTensor]) -> list:
 
 def _unwrap_kwargs(kwargs: dict, seen: list[NpuTensor]) -> tuple[dict, int | None]:
     """(keyword arguments for the host, index of the device that was asked for or HOST)."""
-    if not kwargs:
-        return kwargs, None
     index = None
     device = kwargs.get("device")
     if device is not None:
@@ -245,7 +250,14 @@ def _foreign(t: torch.Tensor, seen: list[NpuTensor], written: bool = False) -> t
     raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, npu:{index} and {t.device}!")
 
 
-def _one_device(info: Info, seen: list[NpuTensor], index: int | None) -> int:
+def _refuse_foreign(info: Info, args: tuple, kwargs: dict, seen: list[NpuTensor]) -> None:
+    """What is written must lie on the device."""
+    for t in args[:1] if info.in_place else [kwargs[name] for name in info.outs]:
+        if type(t) is not NpuTensor and isinstance(t, torch.Tensor):
+            _foreign(t, seen, written=True)
+
+
+def _one_device(seen: list[NpuTensor], index: int | None) -> int:
     """The device on which all of ``seen`` lie; an explicit ``device=`` argument wins."""
     if not seen:
         return runtime.current if index is None else index
@@ -259,7 +271,9 @@ def _one_device(info: Info, seen: list[NpuTensor], index: int | None) -> int:
 def _compute(info: Info, args: list, kwargs: dict, device: runtime.Device) -> Any:
     """The operator by the CPU's kernel."""
     try:
-        return draw(info.kernel, info.takes_generator, args, kwargs, device.generator) if info.random and runtime.backing.type == "cpu" else info.kernel(*args, **kwargs)
+        if info.random and runtime.backing.type == "cpu":
+            return draw(info.kernel, info.takes_generator, args, kwargs, device.generator)
+        return info.kernel(*args, **kwargs)
     except RuntimeError as error:
         if runtime.backing.type == "meta" and isinstance(error, NotImplementedError):
             raise runtime.NeedsValues(info.name) from error
@@ -277,13 +291,15 @@ def wrap(inner: torch.Tensor, index: int) -> NpuTensor:
         storage = inner.untyped_storage()
     except NotImplementedError:
         raise NotImplementedError(NO_LAYOUT.format(inner.layout)) from None
-    return _clothe(inner, runtime.hold(storage, index))
+    return _view(inner, runtime.hold(storage, index))
 
 
-def _clothe(inner: torch.Tensor, held: runtime.Held) -> NpuTensor:
-    shape, stride, dtype = inner.shape, inner.stride(), inner.dtype
-    out = _make(NpuTensor, shape, stride, inner.storage_offset(), dtype=dtype, device=held.device)
-    out._inner, out._held, out._key = inner, held, (shape, stride, dtype)
+def _view(inner: torch.Tensor, held: runtime.Held) -> NpuTensor:
+    """``inner``, which lies in the memory ``held``, as a device tensor."""
+    form = form_of(inner)
+    dtype = form.dtype
+    out = _make(NpuTensor, form.shape, form.stride, inner.storage_offset(), None, dtype, torch.strided, held.device)
+    out._inner, out._held, out._form = inner, held, form
     if inner.is_neg() or (dtype.is_complex and inner.is_conj()):  # a view with a sign or conjugation still to be done
         torch._C._set_neg(out, inner.is_neg())
         torch._C._set_conj(out, inner.is_conj())
@@ -294,7 +310,7 @@ _make = torch.Tensor._make_wrapper_subclass
 
 
 def _wrap_result(info: Info, result: Any, args: tuple, kwargs: dict, index: int) -> tuple[Any, tuple]:
-    """(what the caller gets, the shapes of new results). Written arguments come back as the objects given."""
+    """(what the caller gets, the forms of new results). Written arguments come back as the objects given."""
     if info.outs:
         given = tuple(kwargs[name] for name in info.outs)
         _refresh(given)
@@ -302,12 +318,9 @@ def _wrap_result(info: Info, result: Any, args: tuple, kwargs: dict, index: int)
     if info.in_place:
         _refresh((args[0],))
         return args[0], ()
-    if type(result) is torch.Tensor:
-        out = wrap(result, index)
-        return out, out._key
     if isinstance(result, (list, tuple)):
         wrapped = [wrap(r, index) if isinstance(r, torch.Tensor) else r for r in result]
-        return type(result)(wrapped) if type(result) in (list, tuple) else tuple(wrapped), tuple(w._key for w in wrapped if type(w) is NpuTensor)
+        return type(result)(wrapped) if type(result) in (list, tuple) else tuple(wrapped), tuple([w._form for w in wrapped if type(w) is NpuTensor])
     return result, ()
 
 
@@ -315,7 +328,7 @@ def _refresh(written: tuple) -> None:
     """A written tensor may have got another shape (``resize_``, ``out=``): let the wrapper follow."""
     for t in written:
         inner = t._inner
-        if t._key[0] != inner.shape or t._key[1] != inner.stride():
+        if t._form is not form_of(inner):
             adopt(t, inner)
 
 

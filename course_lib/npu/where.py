@@ -62,15 +62,15 @@ class Where:
     def now(self, tensors: list[torch.Tensor]) -> tuple[str, str]:
         """(phase, module path) of an operator on ``tensors`` that is being launched."""
         backward = _in_backward() != -1
-        path = self.stack[-1] if self.stack else self._path_of_node() if backward else ""
-        if self.override:
-            return self.override[-1], path
-        if backward:
-            return ("recompute" if self.stack else "backward"), path
-        if self.stepping:
-            return "optimizer", path
-        inside = self.stack or any(t.requires_grad for t in tensors)
-        return ("forward" if inside else "other"), path
+        if self.stack:
+            path, phase = self.stack[-1], "recompute" if backward else "optimizer" if self.stepping else "forward"
+        elif backward:
+            path, phase = self._path_of_node(), "backward"
+        elif self.stepping:
+            path, phase = "", "optimizer"
+        else:
+            path, phase = "", "forward" if any([t.requires_grad for t in tensors]) else "other"
+        return (self.override[-1] if self.override else phase), path
 
     def _path_of_node(self) -> str:
         node = _node()

@@ -148,6 +148,7 @@ def test_statistics_have_torch_npus_keys() -> None:
 
 def recount(memory: CachingAllocator, used: list) -> dict[str, int]:
     """The statistics, counted again from blocks and segments; fails if these do not tile."""
+    memory.settle()
     free = [(size, block) for pool in memory._free.values() for size, _, block in pool]
     assert all(size == block.size and not block.used for size, block in free)
     blocks = sorted([*used, *(block for _, block in free)], key=lambda b: b.address)

@@ -6,7 +6,15 @@
 
 from course_lib.chip.core.buffers import GlobalTensor, LocalTensor, empty, tensor
 from course_lib.chip.core.errors import (
-    BufferOverflow, CoreError, DataRace, Deadlock, FlagError, IllegalPath, Misaligned, ReadBeforeWrite, WrongOperand,
+    BufferOverflow,
+    CoreError,
+    DataRace,
+    Deadlock,
+    FlagError,
+    IllegalPath,
+    Misaligned,
+    ReadBeforeWrite,
+    WrongOperand,
 )  # fmt: skip
 from course_lib.chip.core.isa import Core
 from course_lib.chip.core.launch import Event, Run, launch

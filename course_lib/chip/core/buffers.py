@@ -202,6 +202,19 @@ class LocalTensor:
             raise WrongOperand("this program is only timed (numerics=False), so its buffers hold no values")
         return decode(self.matrix(), self.dtype)
 
+    def as_shape(self, *shape: int) -> "LocalTensor":
+        """The same place as a matrix or vector of another shape, laid out anew from the first byte; for edge tiles."""
+        if shape == self.shape:
+            return self
+        part = self._parts.get(("as", *shape))
+        if part is None:
+            part = LocalTensor(self.buffer, self.start, shape, self.dtype, self.buffer.tensors)
+            if part.bytes > self.bytes:
+                raise BufferOverflow(f"{self} has {self.bytes} B, and {self.dtype} {_by(part.shape)} needs {part.bytes}")
+            self.buffer.tensors += 1
+            self._parts["as", *shape] = part
+        return part
+
     def __getitem__(self, index: object) -> "LocalTensor":
         starts, shape = _ranges(index, self.shape)
         key = (*starts, *shape)

@@ -9,6 +9,7 @@ effect that it has on silicon: what comes too early reads what lay there before.
 """
 
 import heapq
+from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import count
@@ -101,7 +102,7 @@ class Engine:
         while pipe.position < last:
             instruction, start = instructions[pipe.position], issued[pipe.position]
             if stops:
-                stop = _before(stops, start)
+                stop = bisect_right(stops, start)
                 if stop >= len(held):
                     self.held[pipe.unit].append(pipe)
                     return
@@ -128,8 +129,7 @@ class Engine:
         else:
             end = start + cycles
         pipe.free = end
-        if end + latency > pipe.done:
-            pipe.done = end + latency
+        pipe.done = max(pipe.done, end + latency)
         self.events.append((pipe.index, instruction, start, end))
         if instruction.action is not None:
             self.results.append((pipe.done, next(self.order), instruction))
@@ -344,11 +344,3 @@ class _CrossFlags:
         ready = list(self.parked.values())
         self.parked.clear()
         return ready
-
-
-def _before(stops: list[int], issued: int) -> int:
-    """How many stops of the scalar unit come before what was issued then."""
-    n = 0
-    while n < len(stops) and stops[n] <= issued:
-        n += 1
-    return n

@@ -13,7 +13,7 @@ from course_lib.chip.core.errors import DataRace
 class Region:
     """A rectangle of bytes that some instruction uses, with its last writer and, per pipe, its last readers."""
 
-    __slots__ = ("text", "overlaps", "writer", "write_count", "write_name", "readers")
+    __slots__ = ("overlaps", "readers", "text", "write_count", "write_name", "writer")
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -108,6 +108,7 @@ class Recorder:
         number = self.issue
         for each in self.queues:
             self._flag(each, "barrier all", "PipeBarrier(ALL)", (number,))
+        self.stops.append(self.issue)
 
     def CrossCoreSetFlag(self, mode: int, pipe: str, flag_id: int) -> None:
         """Set for other cores once all before on ``pipe`` is done.
@@ -128,7 +129,7 @@ class Recorder:
         if known is None:
             known = self._known[name, pipe, flag] = Instruction(name, kind, flag=flag)
         self._queue(pipe, known)
-        if pipe == "S" and kind in ("wait", "cross wait", "barrier all"):
+        if pipe == "S" and kind in ("wait", "cross wait"):
             self.stops.append(self.issue)
 
     def _event(self, event: str, event_id: int) -> tuple[str, str]:

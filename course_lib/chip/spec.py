@@ -39,6 +39,9 @@ CHIP_KEYS: dict[str, str] = {
     },
     "launch.host": "time",  # the host enqueues one operator
     "launch.device": "time",  # the chip starts one kernel
+    "efficiency.matmul": "ratio",  # of the peak, in large products
+    "efficiency.memory_read": "ratio",  # of the bandwidth, in long reads
+    "efficiency.memory_copy": "ratio",  # of the bandwidth, bytes read and written both counted
     "host_link.bandwidth": "bandwidth",  # one direction
     "power.tdp": "power",
     "power.idle": "power",

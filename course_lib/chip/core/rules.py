@@ -17,7 +17,7 @@ LATENCIES = (
     "to_l1", "from_l0c", "l2_miss",
 )  # fmt: skip
 KEYS = {
-    "vector.repeat": "bytes", "vector.width": "bytes per cycle",
+    "vector.repeat": "bytes", "vector.share": "ratio",
     **{f"latency.{name}": "cycles" for name in LATENCIES},
     **{f"efficiency.{name}": "ratio" for name in ("l2_read", "l1_read", "hbm_copy")},
 }  # fmt: skip
@@ -59,7 +59,8 @@ class Rules:
         self.l2_write = spec.require("paths.l2_write")
         self.gm_read = min(spec.require("paths.gm_read"), self.l2_read)
         self.latency = {name: self.figure(f"latency.{name}") for name in LATENCIES}
-        self.vector_width, self.repeat = self.figure("vector.width"), self.figure("vector.repeat")
+        lanes = spec.require("vector_width") * spec.require("vector.flop_per_lane") // 2  # bytes; of multiply-adds
+        self.vector_width, self.repeat = lanes * self.figure("vector.share"), self.figure("vector.repeat")
         self.hbm_byte = THOUSANDTHS * self.clock / spec.require("memory_bandwidth")  # thousandths of a cycle per byte
         self.write_weight = 2 / self.figure("efficiency.hbm_copy") - 1  # copies then reach the measured share of HBM
         self._l1 = {name: spec.figures.value(f"paths.l1_{name.lower()}") for name in ("L0A", "L0B", "UB")}
@@ -85,7 +86,7 @@ class Rules:
     def vector(self, elements: int, dtype: str, latency: str, rows: int = 1) -> int:
         """Cycles of a vector instruction on ``rows`` rows of ``elements``; every row starts a repeat of its own."""
         repeats = rows * -(-elements * DTYPES[dtype] // self.repeat)
-        return self.latency[latency] + repeats * (self.repeat // self.vector_width) - 1
+        return self.latency[latency] + ceil(repeats * self.repeat / self.vector_width) - 1
 
     def extract(self, target: str, size: int) -> int:
         """Cycles from L1 to L0A, L0B, UB or BT."""

@@ -21,6 +21,7 @@ import torch
 from course_lib.chip.cost import Cost
 from course_lib.npu import real, runtime
 from course_lib.npu.clock import PS_PER_S, Timeline
+from course_lib.npu.memory import Block
 from course_lib.npu.where import category_of, where
 
 PHASES = ("forward", "recompute", "backward", "optimizer", "prefill", "decode", "other")
@@ -110,7 +111,7 @@ class Ledger:
         self._spec = runtime.devices[0].spec
         self.began = runtime.host.now
         for held in list(runtime.live.values()):
-            self._changes += (self.began, held.block.size, held, held.index)
+            self._changes += (self.began, 1, held.block, held, held.index)
         runtime.ledgers.append(self)
         where.open()
         return self
@@ -144,11 +145,11 @@ class Ledger:
             self._unsorted.clear()
         self._records += (op, phase, module, shapes, device.index, stream.id, stream.host.now, start, price)
 
-    def memory_changed(self, held: runtime.Held, change: int) -> None:
-        if change > 0 and held.category is None:
+    def memory_changed(self, held: runtime.Held, sign: int, block: Block) -> None:
+        """``block`` was taken for ``held`` (1) or given back (-1); how large it is may turn out later."""
+        if sign > 0 and held.category is None:
             self._unsorted.append(held)  # the operator that took it is recorded next, with its phase
-        if change:
-            self._changes += (runtime.host.now, change, held, held.index)
+        self._changes += (runtime.host.now, sign, block, held, held.index)
 
     # -- reading --
 
@@ -160,7 +161,10 @@ class Ledger:
     @property
     def memory(self) -> list[MemoryChange]:
         """What was held when the ledger was opened, then every change since."""
-        return [MemoryChange(*row) for row in zip(*[iter(self._changes)] * len(MemoryChange._fields))]
+        for device in runtime.devices:
+            device.memory.settle()
+        rows = zip(*[iter(self._changes)] * 5)
+        return [MemoryChange(at, sign * block.granted, held, device) for at, sign, block, held, device in rows if block.granted]
 
     def _column(self, name: str) -> list:
         return self._records[Record._fields.index(name) :: len(Record._fields)]

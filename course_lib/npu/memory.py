@@ -2,7 +2,9 @@
 
 The allocator hands out *addresses*, not bytes: the numbers of a tensor lie in host memory, the
 allocator keeps account of the device memory that they would need. A block lives as long as the
-storage of its tensor. Freed blocks stay reserved in their segment, are merged with free neighbours
+storage of its tensor. What is asked for and given back is only noted, in order, and settled when a
+figure is asked for or memory might run out: in one go it costs a fraction of what it would between
+two operators, whose numbers have driven all this out of the processor's cache. Freed blocks stay reserved in their segment, are merged with free neighbours
 and reused, best fit first; segments go back to the device only when an allocation would fail or on
 ``empty_cache()``.
 
@@ -92,15 +94,29 @@ class Books:
 
 
 class Block:
-    """A piece of a segment. ``requested`` bytes are used of ``size``; neighbours are linked for merging."""
+    """A piece of a segment, linked with its neighbours, and what was asked for it and granted. Before it is placed it has no segment."""
 
-    __slots__ = ("segment", "address", "size", "requested", "used", "prev", "next")
+    __slots__ = ("requested", "granted", "segment", "address", "size", "used", "prev", "next")
 
-    def __init__(self, segment: "Segment", address: int, size: int) -> None:
+    def __init__(self, requested: int = 0) -> None:
+        self.requested, self.granted = requested, 0
+        self.segment: Segment | None = None
+
+    def at(self, segment: "Segment", address: int, size: int) -> "Block":
         self.segment, self.address, self.size = segment, address, size
-        self.requested, self.used = 0, False
-        self.prev: Block | None = None
-        self.next: Block | None = None
+        self.used, self.prev, self.next = False, None, None
+        return self
+
+    def replace(self, hole: "Block") -> None:
+        """Take the place of ``hole``."""
+        self.segment, self.address, self.size = hole.segment, hole.address, hole.size
+        self.prev, self.next = hole.prev, hole.next
+        if self.prev is None:
+            self.segment.first = self
+        else:
+            self.prev.next = self
+        if self.next is not None:
+            self.next.prev = self
 
     @property
     def offset(self) -> int:
@@ -114,7 +130,7 @@ class Segment:
 
     def __init__(self, address: int, size: int, pool: str) -> None:
         self.address, self.size, self.pool = address, size, pool
-        self.first = Block(self, address, size)  # cutting and joining keep it: it is always the one at the start
+        self.first = Block().at(self, address, size)
 
     def blocks(self) -> Iterator[Block]:
         """What it is cut into, by address."""
@@ -131,14 +147,15 @@ class CachingAllocator:
     """The memory of one emulated device: ``allocate`` and ``free`` blocks, read ``stats``."""
 
     def __init__(self, capacity: int, index: int = 0) -> None:
-        self.capacity, self.index, self.limit = capacity, index, capacity
+        self.capacity, self.index, self._limit = capacity, index, capacity
         scale = scale_of(capacity)
         self.small_limit, self.small_segment = MIB // scale, 2 * MIB // scale
         self.large_limit, self.large_segment = 10 * MIB // scale, 20 * MIB // scale
         self._least_rest = {"small": MIN_BLOCK, "large": self.small_limit + 1}  # less than this is not cut off
         self._free: dict[str, list[tuple[int, int, Block]]] = {"small": [], "large": []}  # (size, address, block), sorted
         self._lock = threading.Lock()
-        self._pending: deque[Block] = deque()  # given back, and not yet joined with their neighbours
+        self._noted: deque[Block] = deque()  # in order: asked for (no segment yet), or given back
+        self._room = 0  # bytes that the blocks noted next may take in the worst case; below 0 it must be settled
         self._next_address = MIN_BLOCK
         self.segments: dict[int, Segment] = {}
         self.retries = self.ooms = 0
@@ -148,61 +165,95 @@ class CachingAllocator:
 
     # -- the calls that the device makes -----------------------------------------------------------
 
-    def allocate(self, nbytes: int) -> Block:
-        """A block for ``nbytes``; raises torch.OutOfMemoryError with torch_npu's wording."""
+    def promise(self, nbytes: int) -> Block:
+        """A block for ``nbytes``, placed when next settled; raises torch.OutOfMemoryError with torch_npu's wording."""
+        block = Block(nbytes)
         if nbytes == 0:
-            return Block(_EMPTY, 0, 0)
+            return block.at(_EMPTY, 0, 0)
+        self._room -= nbytes + self.large_segment  # no block needs a larger new segment
+        if self._room >= 0 and not self.history:
+            self._noted.append(block)
+            return block
         with self._lock:
-            if self._pending:
-                self._drain()
-            size = -(-nbytes // MIN_BLOCK) * MIN_BLOCK
-            pool = "small" if size <= self.small_limit else "large"
-            free = self._free[pool]
-            at = bisect_left(free, (size,))
-            block = free.pop(at)[2] if at < len(free) else self._grow(pool, size) or self._retry(pool, size)
-            if block is None:
-                self.ooms += 1
-                self._note("oom", 0, size)
-                raise torch.OutOfMemoryError(self._complaint(nbytes))
-            splits, split_bytes = self._cut(block, size, pool)
-            block.used, block.requested = True, nbytes
-            self.books.note((pool == "large", 1, block.size, nbytes, splits, split_bytes, 0, 0))
-            if self.history:
-                self._note("alloc", block.address, block.size)
+            self._catch_up()
+            self._place(block)
+            self._room = self._limit - self.reserved
+        return block
+
+    def allocate(self, nbytes: int) -> Block:
+        """A block for ``nbytes``, placed now."""
+        block = self.promise(nbytes)
+        self.settle()
         return block
 
     def free(self, block: Block) -> None:
-        """Give a block back. Safe from a finalizer that runs at any moment, also inside ``allocate``.
-
-        It joins its neighbours when someone asks for memory or for a figure; with a history, which notes times, at once.
-        """
-        if block.size == 0:
+        """Give a block back. Safe from a finalizer that runs at any moment, also inside ``settle``."""
+        if block.segment is _EMPTY:
             return
-        self._pending.append(block)
-        if self.history and self._lock.acquire(blocking=False):
+        self._noted.append(block)
+        if self.history and self._lock.acquire(blocking=False):  # a history notes times
             try:
-                self._drain()
+                self._catch_up()
             finally:
                 self._lock.release()
+
+    def settle(self) -> None:
+        """Carry out what is noted."""
+        with self._lock:
+            self._catch_up()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that may be reserved."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, nbytes: int) -> None:
+        self.settle()
+        self._limit = nbytes
+        self._room = nbytes - self.reserved
 
     def empty_cache(self) -> None:
         """Give every segment that holds no block in use back to the device."""
         with self._lock:
-            self._drain()
+            self._catch_up()
             self._release_segments()
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _drain(self) -> None:
-        while self._pending:
-            block = self._pending.popleft()
-            pool, size, requested = block.segment.pool, block.size, block.requested
-            block.used = False
-            if self.history:
-                self._note("free_requested", block.address, size)
-                self._note("free_completed", block.address, size)
-            splits, split_bytes = self._join(block, self._free[pool])
-            self.books.note((pool == "large", -1, -size, -requested, splits, split_bytes, 0, 0))
+    def _catch_up(self) -> None:
+        while self._noted:
+            block = self._noted.popleft()
+            if block.segment is None:
+                self._place(block)
+            else:
+                self._take_back(block)
+        self._room = self._limit - self.reserved
+
+    def _place(self, block: Block) -> None:
+        size = -(-block.requested // MIN_BLOCK) * MIN_BLOCK
+        pool = "small" if size <= self.small_limit else "large"
+        free = self._free[pool]
+        at = bisect_left(free, (size,))
+        hole = free.pop(at)[2] if at < len(free) else self._grow(pool, size) or self._retry(pool, size)
+        if hole is None:
+            self.ooms += 1
+            self._note("oom", 0, size)
+            raise torch.OutOfMemoryError(self._complaint(block.requested))
+        splits, split_bytes = self._cut(hole, size, pool)
+        block.replace(hole)
+        block.used, block.granted = True, hole.size
+        self.books.note((pool == "large", 1, hole.size, block.requested, splits, split_bytes, 0, 0))
+        if self.history:
+            self._note("alloc", block.address, block.size)
+
+    def _take_back(self, block: Block) -> None:
+        pool, size, block.used = block.segment.pool, block.size, False
+        if self.history:
+            self._note("free_requested", block.address, size)
+            self._note("free_completed", block.address, size)
+        splits, split_bytes = self._join(block, self._free[pool])
+        self.books.note((pool == "large", -1, -size, -block.requested, splits, split_bytes, 0, 0))
 
     def _grow(self, pool: str, size: int) -> Block | None:
         if pool == "small":
@@ -211,7 +262,7 @@ class CachingAllocator:
             need = self.large_segment
         else:
             need = -(-size // self.small_segment) * self.small_segment
-        if self.reserved + need > self.limit:
+        if self.reserved + need > self._limit:
             return None
         segment = Segment(self._next_address, need, pool)
         self._next_address += need
@@ -234,7 +285,7 @@ class CachingAllocator:
         rest = before - size
         if rest < self._least_rest[pool]:
             return (0, 0) if before == segment.size else (-1, -before)
-        tail, after = Block(segment, block.address + size, rest), block.next
+        tail, after = Block().at(segment, block.address + size, rest), block.next
         tail.prev, tail.next, block.next, block.size = block, after, tail, size
         if after is not None:
             after.prev = tail
@@ -291,11 +342,6 @@ class CachingAllocator:
         )
 
     # -- reading -----------------------------------------------------------------------------------
-
-    def settle(self) -> None:
-        """Count what finalizers have handed back since."""
-        with self._lock:
-            self._drain()
 
     def read(self, figure: str, which: str) -> int:
         """One figure over all pools, such as ("allocated_bytes", "peak")."""

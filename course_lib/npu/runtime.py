@@ -15,6 +15,7 @@ from course_lib.chip.spec import ChipSpec, load_chip
 from course_lib.npu import environment, real
 from course_lib.npu.clock import PS_PER_S, Host, Timeline
 from course_lib.npu.generator import Generator
+from course_lib.npu.memory import Block
 
 DEFAULT_CHIP = "mini"
 
@@ -59,10 +60,11 @@ class Held(weakref.ref):
 
 def _release(held: Held) -> None:
     live.pop(held.key, None)
-    size = held.block.size  # freeing joins the block with its neighbours
-    devices[held.index].memory.free(held.block)
-    for ledger in ledgers:
-        ledger.memory_changed(held, -size)
+    block = held.block
+    if block.requested:
+        devices[held.index].memory.free(block)
+        for ledger in ledgers:
+            ledger.memory_changed(held, -1, block)
 
 
 class NpuStorage(torch.UntypedStorage):
@@ -90,13 +92,14 @@ def hold(storage: torch.UntypedStorage, index: int) -> Held:
 
 
 def _take(storage: torch.UntypedStorage, key: int, index: int) -> Held:
-    device = devices[index]
-    block = device.memory.allocate(storage.nbytes())
+    device, nbytes = devices[index], storage.nbytes()
+    block = device.memory.promise(nbytes)
     held = live[key] = Held(storage, _release)
     held.key, held.block, held.index, held.device, held.category = key, block, index, device.torch_device, None
     storage.__class__ = NpuStorage
-    for ledger in ledgers:
-        ledger.memory_changed(held, block.size)
+    if nbytes:
+        for ledger in ledgers:
+            ledger.memory_changed(held, 1, block)
     return held
 
 
@@ -106,15 +109,17 @@ def follow(held: Held, storage: torch.UntypedStorage) -> None:
     if size == held.block.requested:
         return
     memory, old = devices[held.index].memory, held.block
-    change = -old.size
+    memory.settle()
     if size < old.requested:  # the old goes first; growing copies, so that both live for a moment
         memory.free(old)
         held.block = memory.allocate(size)
     else:
         held.block = memory.allocate(size)
         memory.free(old)
+    change, more = Block(), held.block.granted - old.granted
+    change.granted = abs(more)
     for ledger in ledgers:
-        ledger.memory_changed(held, held.block.size + change)
+        ledger.memory_changed(held, 1 if more > 0 else -1, change)
 
 
 def use(chip: str | Path | ChipSpec | None = None, count: int = 1, numerics: bool = True) -> ChipSpec:

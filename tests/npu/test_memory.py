@@ -202,6 +202,29 @@ def test_any_order_of_allocations_keeps_the_books(seed: int) -> None:
     assert stats["allocated_bytes.all.allocated"] == sum(stats[f"allocated_bytes.{p}.allocated"] for p in ("large_pool", "small_pool"))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_settled_late_is_as_if_settled_at_once(seed: int) -> None:
+    rng, late, at_once = random.Random(seed), CachingAllocator(64 * MIB), CachingAllocator(64 * MIB)
+    used = []
+    for _ in range(3000):
+        if used and rng.random() < 0.49:
+            a, b = used.pop(rng.randrange(len(used)))
+            late.free(a), at_once.free(b), at_once.settle()
+        else:
+            nbytes, ends = int(2 ** rng.uniform(0, 22)), []
+            for take in (late.promise, at_once.allocate):
+                try:
+                    ends.append(take(nbytes))
+                except torch.OutOfMemoryError as error:
+                    ends.append(str(error))
+            if isinstance(ends[0], str):
+                assert ends[0] == ends[1]
+            else:
+                used.append(ends)
+    assert late.stats() == at_once.stats() and late.ooms > 0
+    assert [(a.address, a.size) for a, _ in used] == [(b.address, b.size) for _, b in used]
+
+
 def test_free_may_come_from_a_finalizer_inside_allocate() -> None:
     memory = CachingAllocator(BIG)
     block = memory.allocate(512)

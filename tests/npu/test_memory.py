@@ -207,11 +207,11 @@ def test_what_is_settled_late_is_as_if_settled_at_once(seed: int) -> None:
     rng, late, at_once = random.Random(seed), CachingAllocator(64 * MIB), CachingAllocator(64 * MIB)
     used = []
     for _ in range(3000):
-        if used and rng.random() < 0.49:
+        if used and rng.random() < 0.45:
             a, b = used.pop(rng.randrange(len(used)))
             late.free(a), at_once.free(b), at_once.settle()
         else:
-            nbytes, ends = int(2 ** rng.uniform(0, 22)), []
+            nbytes, ends = int(2 ** rng.uniform(0, 24)), []
             for take in (late.promise, at_once.allocate):
                 try:
                     ends.append(take(nbytes))

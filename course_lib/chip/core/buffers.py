@@ -11,7 +11,7 @@ by row but in fractals, blocks of 16 rows × 32 bytes that one cycle consumes wh
 C0 is 32 bytes' worth of elements: 16 of float16, 8 of float32, 32 of int8; in L0C it is 16.
 """
 
-from collections.abc import Iterator
+from math import prod
 
 import numpy as np
 
@@ -23,8 +23,8 @@ from course_lib.chip.spec import ChipSpec
 
 BLOCK = 32  # bytes: UB's and L1's unit of address
 ROWS = 16  # of a fractal
+LINE_BYTES = 512  # of the L2
 LAYOUTS = {"UB": "ND", "L1": "zN", "L0A": "zZ", "L0B": "nZ", "L0C": "zN", "BT": "ND"}
-LINE_ROWS, LINE_BYTES = 16, 512  # the L2 is followed in pieces of 16 rows of one 512-byte line
 
 
 class GlobalTensor:
@@ -38,7 +38,8 @@ class GlobalTensor:
             raise WrongOperand(f"a tensor in GM is a vector or a matrix and not empty; found the shape {shape}")
         self.shape, self.dtype, self.stored, self.name = tuple(shape), dtype, stored, name
         self.whole, self.origin = self, (0, 0)
-        self.space = Space(name or "GM")
+        self.bytes = prod(self.shape) * DTYPES[dtype]
+        self.space = Space()
         self.written = False  # by the program, at any time
 
     def __getitem__(self, index: object) -> "GlobalTensor":
@@ -47,12 +48,9 @@ class GlobalTensor:
         part.shape, part.dtype, part.name, part.whole = shape, self.dtype, self.name, self.whole
         row, col = (starts[0], starts[1]) if len(starts) == 2 else (0, starts[0])
         part.origin = (self.origin[0] + row, self.origin[1] + col)
+        part.bytes = prod(shape) * DTYPES[self.dtype]
         part.stored = None if self.stored is None else self.stored[tuple(slice(s, s + n) for s, n in zip(starts, shape))]
         return part
-
-    @property
-    def bytes(self) -> int:
-        return int(np.prod(self.shape)) * DTYPES[self.dtype]
 
     @property
     def T(self) -> None:
@@ -71,17 +69,7 @@ class GlobalTensor:
         return row, row + rows, col, col + cols
 
     def region(self) -> Region:
-        r0, r1, c0, c1 = self.rectangle()
-        return self.whole.space.region(0, 0, 0, r0, r1, c0, c1, str(self))
-
-    def lines(self) -> Iterator[tuple[int, int, int]]:
-        """What of the L2 this rectangle touches: (tensor, row, column) of pieces of LINE_ROWS × LINE_BYTES."""
-        r0, r1, c0, c1 = self.rectangle()
-        size, me = DTYPES[self.dtype], id(self.whole)
-        per_row = range(c0 * size // LINE_BYTES, -(-c1 * size // LINE_BYTES))
-        for row in range(r0 // LINE_ROWS, -(-r1 // LINE_ROWS)):
-            for col in per_row:
-                yield me, row, col
+        return self.whole.space.region(self, 0, 0, 0, *self.rectangle())
 
     def __str__(self) -> str:
         r0, r1, c0, c1 = self.rectangle()
@@ -110,14 +98,14 @@ class Buffer:
     def __init__(self, name: str, capacity: int, numerics: bool) -> None:
         self.name, self.capacity, self.used = name, capacity, 0
         self.memory = np.zeros(capacity, np.uint8) if numerics else None
-        self.space = Space(name)
+        self.space = Space()
         self.tensors = 0
 
     def allocate(self, shape: tuple[int, ...], dtype: str, address: int | None) -> "LocalTensor":
         start = self.used if address is None else address
         made = LocalTensor(self, start, shape, dtype, self.tensors)
-        if start % made.alignment:
-            raise Misaligned(f"{self.name}: address {start} is no multiple of {made.alignment} B; round it up")
+        if start < 0 or start % made.alignment:
+            raise Misaligned(f"{self.name}: address {start} is no multiple of {made.alignment} B from 0 on; round it up")
         if start + made.bytes > self.capacity:
             raise BufferOverflow(
                 f"{self.name} holds {self.capacity} B: {start} are taken, and {dtype} {_by(made.shape)} needs "
@@ -137,12 +125,15 @@ class LocalTensor:
         if dtype not in DTYPES:
             raise WrongOperand(f"no dtype named {dtype!r}; use one of {', '.join(DTYPES)}")
         self.buffer, self.start, self.dtype, self.parent = buffer, start, dtype, parent
+        if dtype not in STORED and buffer.memory is not None:
+            raise WrongOperand(f"no values of dtype {dtype!r} in {buffer.name}; use one of {', '.join(STORED)}")
         self.size, self.layout = DTYPES[dtype], LAYOUTS[buffer.name]
         self.c0 = 16 if buffer.name == "L0C" else BLOCK // self.size
         self.alignment = BLOCK if self.layout == "ND" else ROWS * self.c0 * self.size
         self.shape = self._rounded(tuple(shape))
-        self.bytes = int(np.prod(self.shape)) * self.size
+        self.bytes = prod(self.shape) * self.size
         self.rect = (0, self.shape[0], 0, self.shape[1]) if len(self.shape) == 2 else (0, 1, 0, self.shape[0])
+        self.whole = self.rect[1], self.rect[3]  # rows and columns of the tensor that it is a part of
         self.blocks = self._blocks() if buffer.memory is not None and start + self.bytes <= buffer.capacity else None
         self.region = self._region() if start + self.bytes <= buffer.capacity else None
         self._parts: dict[tuple, LocalTensor] = {}
@@ -172,7 +163,16 @@ class LocalTensor:
         return flat.reshape(rows // self.c0, cols // ROWS, ROWS, self.c0)
 
     def _region(self) -> Region:
-        return self.buffer.space.region(self.parent, self.start, self.start + self.bytes, *self.rect, str(self))
+        """Its first and last byte, those between rows or columns of fractals included, and its rectangle."""
+        r0, r1, c0, c1 = self.rect
+        rows, cols = self.whole
+        if self.layout == "zN":
+            first, last = c0 * rows + r0 * self.c0, (c1 - self.c0) * rows + r1 * self.c0
+        elif self.layout == "ND":
+            first, last = r0 * cols + c0, (r1 - 1) * cols + c1
+        else:
+            first, last = 0, rows * cols
+        return self.buffer.space.region(self, self.parent, self.start + first * self.size, self.start + last * self.size, *self.rect)
 
     def matrix(self) -> np.ndarray:
         """The stored values row by row, whatever the layout (a view where NumPy can make one)."""
@@ -206,6 +206,8 @@ class LocalTensor:
         """The same place as a matrix or vector of another shape, laid out anew from the first byte; for edge tiles."""
         if shape == self.shape:
             return self
+        if self.rect != (0, self.whole[0], 0, self.whole[1]):
+            raise WrongOperand(f"{self} is a slice; take as_shape of the whole tensor")
         part = self._parts.get(("as", *shape))
         if part is None:
             part = LocalTensor(self.buffer, self.start, shape, self.dtype, self.buffer.tensors)
@@ -229,7 +231,7 @@ class LocalTensor:
         part = object.__new__(LocalTensor)
         part.__dict__.update(self.__dict__)
         part.shape, part._parts = shape, {}
-        part.bytes = int(np.prod(shape)) * self.size
+        part.bytes = prod(shape) * self.size
         if len(shape) == 1:
             starts, shape = (0, *starts), (1, *shape)
         part.rect = (self.rect[0] + starts[0], self.rect[0] + starts[0] + shape[0],

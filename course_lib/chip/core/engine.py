@@ -10,45 +10,25 @@ effect that it has on silicon: what comes too early reads what lay there before.
 
 import heapq
 from bisect import bisect_right
-from collections import OrderedDict
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 
-from course_lib.chip.core.buffers import LINE_BYTES, LINE_ROWS, GlobalTensor
+from course_lib.chip.core.cross import CrossFlags
 from course_lib.chip.core.errors import Deadlock, FlagError, ReadBeforeWrite
-from course_lib.chip.core.hazards import check_read, check_write
-from course_lib.chip.core.program import AIC, Instruction, Recorder
+from course_lib.chip.core.hazards import Pipe, Region, check_read, check_write
+from course_lib.chip.core.l2 import L2
+from course_lib.chip.core.program import Instruction, Recorder
 from course_lib.chip.core.rules import THOUSANDTHS, Rules
-
-MOST_SETS = 15  # of a cross-core flag ahead of its waits
-NEVER = 1 << 62
 
 
 @dataclass(slots=True, eq=False)
-class Pipe:
-    """One queue on its way. ``known[p]``: how many instructions of pipe p are done for sure when this one goes on."""
-
-    index: int
-    unit: int
-    name: str
-    port: int
-    instructions: list[Instruction]
-    issued: list[int]
-    known: list[int]
-    position: int = 0
-    free: int = 0  # cycle in which the next instruction can start
-    done: int = 0  # cycle in which all so far are done
-    waits: dict = field(default_factory=dict)  # per cross-core flag
-
-
-@dataclass(slots=True)
 class Flag:
     """An event id of one pair of pipes. ``consumed``: how far the waiting pipe was when it last cleared the flag."""
 
+    waiter: Pipe
     set_at: int = -1
-    known: tuple[int, ...] = ()
+    known: list[int] | None = None
     consumed: int = -1
-    waiting: Pipe | None = None
+    waiting: bool = False
 
 
 class Engine:
@@ -56,30 +36,34 @@ class Engine:
 
     def __init__(self, rules: Rules, cores: list[Recorder], ports: list[int], check: bool) -> None:
         self.rules, self.cores, self.check = rules, cores, check
-        names = [pipe for core in cores for pipe in core.queues]
+        self.units = [f"{core.unit}{unit}" if len(cores) > 1 else "" for unit, core in enumerate(cores)]
+        self.cross = CrossFlags(cores, [name or cores[0].unit for name in self.units])
         self.pipes: list[Pipe] = []
-        for unit, core in enumerate(cores):
-            for name, queue in core.queues.items():
-                known = [0] * len(names)
-                self.pipes.append(Pipe(len(self.pipes), unit, name, ports[unit], queue.instructions, queue.issued, known))
-        several = len(cores) > 1
-        self.names = [f"{core.unit}{unit} {name}" if several else name for unit, core in enumerate(cores) for name in core.queues]
-        self.by_unit = [{p.name: p for p in self.pipes if p.unit == unit} for unit in range(len(cores))]
+        self.by_unit = [self._pipes(unit, ports[unit]) for unit in range(len(cores))]
         self.flags: list[dict[tuple, Flag]] = [{} for _ in cores]
-        self.cross = _CrossFlags(cores)
-        self.barriers: dict[tuple, list[Pipe]] = {}
+        self.barriers: list[list[Pipe]] = [[] for _ in cores]  # pipes that have come to the next PipeBarrier(ALL)
         self.offsets = [[0] for _ in cores]  # cycles by which the scalar unit was held back, per stop
         self.held: list[list[Pipe]] = [[] for _ in cores]
         self.read_free = [0] * (max(ports) + 1)
         self.write_free = [0] * (max(ports) + 1)
-        self.hbm_free, self.hbm_bytes, self.l2_hits, self.l2_bytes = 0, 0, 0, 0
-        self.lines: OrderedDict[tuple, None] = OrderedDict()
-        self.most_lines = rules.l2_bytes // (LINE_ROWS * LINE_BYTES)
+        self.hbm_free, self.hbm_bytes = 0, 0
+        self.l2 = L2(rules.l2_bytes)
         self.events: list[tuple[int, Instruction, int, int]] = []
-        self.results: list[tuple[int, int, Instruction]] = []
-        self.early: list[tuple] = []  # reads of what nobody had written when they were looked at
+        self.results: list[tuple[int, Instruction]] = []
+        self.early: list[tuple[Region, str, str]] = []  # reads of what nobody had written when they were looked at
         self.ready: list[tuple[int, int]] = []
-        self.order = count()
+
+    def _pipes(self, unit: int, port: int) -> dict[str, Pipe]:
+        """The pipes of one core. They form a domain of flags, or all do where flags go from core to core."""
+        queues, made = self.cores[unit].queues, {}
+        everywhere = sum(len(core.queues) for core in self.cores)
+        for slot, (name, queue) in enumerate(queues.items()):
+            text = f"{self.units[unit]} {name}".strip()
+            number = len(self.pipes)
+            domain, slot, known = (0, number, everywhere) if self.cross.used else (unit, slot, len(queues))
+            made[name] = Pipe(number, unit, name, text, port, domain, slot, queue.instructions, queue.issued, [0] * known)
+            self.pipes.append(made[name])
+        return made
 
     def run(self) -> int:
         """Times everything, then computes. Cycles until the last result is in HBM. Raises CoreError."""
@@ -88,7 +72,8 @@ class Engine:
             _, index = heapq.heappop(self.ready)
             self._advance(self.pipes[index])
         self._ended()
-        for _, _, instruction in sorted(self.results, key=lambda result: result[:2]):
+        self.results.sort(key=lambda result: result[0])  # and, being stable, as they came where they end together
+        for _, instruction in self.results:
             instruction.action()
         done = max((pipe.done for pipe in self.pipes), default=0)
         return max(done, -(-self.hbm_free // THOUSANDTHS))
@@ -97,101 +82,87 @@ class Engine:
 
     def _advance(self, pipe: Pipe) -> None:
         """As far as it goes: until a flag is missing, or its next transfer comes after one of another pipe."""
-        instructions, issued, stops, held = pipe.instructions, pipe.issued, self.cores[pipe.unit].stops, self.offsets[pipe.unit]
+        instructions, issued, unit = pipe.instructions, pipe.issued, pipe.unit
+        stops, held, ready, slot = self.cores[unit].stops, self.offsets[unit], self.ready, pipe.slot
         last = len(instructions)
         while pipe.position < last:
             instruction, start = instructions[pipe.position], issued[pipe.position]
             if stops:
                 stop = bisect_right(stops, start)
                 if stop >= len(held):
-                    self.held[pipe.unit].append(pipe)
+                    self.held[unit].append(pipe)
                     return
                 start += held[stop]
             start = max(start, pipe.free)
             if instruction.kind == "work":
-                if (instruction.fetches or instruction.stores) and self.ready and start > self.ready[0][0]:
-                    heapq.heappush(self.ready, (start, pipe.index))
+                if instruction.gm is not None and ready and start > ready[0][0]:
+                    heapq.heappush(ready, (start, pipe.index))
                     return
+                pipe.known[slot] = pipe.position + 1
                 self._work(pipe, instruction, start)
-            elif not self._order(pipe, instruction, start):
-                return
+            else:
+                pipe.known[slot] = pipe.position + 1
+                if not self._order(pipe, instruction, start):
+                    return
             pipe.position += 1
-            if stops and pipe.name == "S" and instruction.kind in ("wait", "cross wait", "barrier all"):
+            if instruction.stops:
                 self._go_on(pipe, issued[pipe.position - 1])
 
     def _work(self, pipe: Pipe, instruction: Instruction, start: int) -> None:
-        cycles, latency = instruction.cycles, instruction.latency
-        if instruction.fetches is not None:
-            end, missed = self._fetch(pipe, instruction.fetches, start)
-            latency += missed
-        elif instruction.stores is not None:
-            end = self._store(pipe, instruction.stores, start, cycles)
+        if instruction.gm is None:
+            end = start + instruction.cycles
+            done = end + instruction.latency
+        elif instruction.stores:
+            end = self._store(pipe, instruction, start)
+            done = end + instruction.latency
         else:
-            end = start + cycles
+            end, latency = self._fetch(pipe, instruction, start)
+            done = end + latency
         pipe.free = end
-        pipe.done = max(pipe.done, end + latency)
+        pipe.done = max(pipe.done, done)
         self.events.append((pipe.index, instruction, start, end))
         if instruction.action is not None:
-            self.results.append((pipe.done, next(self.order), instruction))
+            self.results.append((pipe.done, instruction))
         if self.check:
-            self._check(pipe, instruction)
+            count = pipe.position + 1
+            for region in instruction.reads:
+                if check_read(region, pipe, instruction.name, count) and (instruction.gm is None or instruction.stores):
+                    self.early.append((region, instruction.name, pipe.text))
+            for region in instruction.writes:
+                check_write(region, pipe, instruction.name, count)
 
-    def _fetch(self, pipe: Pipe, source: GlobalTensor, start: int) -> tuple[int, int]:
-        """(cycle in which the bytes have passed, additional latency) of a transfer from GM."""
-        touched, missed = 0, 0
-        for line in source.lines():
-            touched += 1
-            if line in self.lines:
-                self.lines.move_to_end(line)
-            else:
-                missed += 1
-                self._keep(line)
-        miss = source.bytes * missed // touched
-        hit = source.bytes - miss
-        self.l2_hits, self.l2_bytes, self.hbm_bytes = self.l2_hits + hit, self.l2_bytes + source.bytes, self.hbm_bytes + miss
+    def _fetch(self, pipe: Pipe, instruction: Instruction, start: int) -> tuple[int, int]:
+        """(cycle in which the bytes have passed, latency) of a transfer from GM."""
+        source, latency = instruction.gm, instruction.latency
+        hit, fetched = self.l2.read(source, instruction.reads[0])
         start = max(start, self.read_free[pipe.port])
-        end = start + self.rules.fetch(hit, miss)
-        if miss:
-            end = max(end, self._hbm(start, miss, 0))
+        end = start + self.rules.fetch(hit, source.bytes - hit)
+        if fetched:
+            self.hbm_bytes += fetched
+            end = max(end, self._hbm(start, fetched, 0))
+            latency += self.rules.latency["l2_miss"]
         self.read_free[pipe.port] = end
-        return end, self.rules.latency["l2_miss"] if miss else 0
+        return end, latency
 
-    def _store(self, pipe: Pipe, target: GlobalTensor, start: int, cycles: int) -> int:
+    def _store(self, pipe: Pipe, instruction: Instruction, start: int) -> int:
         """Cycle in which the bytes have passed into L2; HBM takes them from there, whenever it is free."""
-        for line in target.lines():
-            self._keep(line)
+        target = instruction.gm
+        self.l2.write(target, instruction.writes[0])
         self.hbm_bytes += target.bytes
         start = max(start, self.write_free[pipe.port])
         self._hbm(start, 0, target.bytes)
-        end = self.write_free[pipe.port] = start + cycles
+        end = self.write_free[pipe.port] = start + instruction.cycles
         return end
-
-    def _keep(self, line: tuple) -> None:
-        self.lines[line] = None
-        self.lines.move_to_end(line)
-        if len(self.lines) > self.most_lines:
-            self.lines.popitem(last=False)
 
     def _hbm(self, start: int, read: int, written: int) -> int:
         self.hbm_free = max(self.hbm_free, start * THOUSANDTHS) + self.rules.hbm(read, written)
         return -(-self.hbm_free // THOUSANDTHS)
-
-    def _check(self, pipe: Pipe, instruction: Instruction) -> None:
-        known, done = pipe.known, pipe.position + 1
-        known[pipe.index] = done
-        for region in instruction.reads:
-            fresh = check_read(region, pipe.index, known, instruction.name, done, self.names)
-            if fresh and instruction.fetches is None:
-                self.early.append((region, instruction.name, self.names[pipe.index]))
-        for region in instruction.writes:
-            check_write(region, pipe.index, known, instruction.name, done, self.names)
 
     # -- flags --------------------------------------------------------------------------------------
 
     def _order(self, pipe: Pipe, instruction: Instruction, start: int) -> bool:
         """Set, wait, or barrier; False when the pipe has to wait."""
         kind = instruction.kind
-        pipe.known[pipe.index] = pipe.position + 1
         if kind == "set":
             self._set(pipe, instruction, max(start, pipe.done))
         elif kind == "wait":
@@ -199,49 +170,55 @@ class Engine:
         elif kind == "barrier":
             pipe.free = max(start, pipe.done)
         elif kind == "barrier all":
-            return self._barrier(pipe, instruction.flag, start)
+            return self._barrier(pipe, start)
         elif kind == "cross set":
-            self.cross.set(pipe, instruction, max(start, pipe.done), self.names)
+            self.cross.set(pipe, instruction, max(start, pipe.done))
             for waiting in self.cross.released():
                 heapq.heappush(self.ready, (waiting.free, waiting.index))
         else:
             return self.cross.wait(pipe, instruction, start)
         return True
 
+    def _flag(self, unit: int, flag: tuple) -> Flag:
+        found = self.flags[unit].get(flag)
+        if found is None:
+            found = self.flags[unit][flag] = Flag(self.by_unit[unit][flag[0].partition("_")[2]])
+        return found
+
     def _set(self, pipe: Pipe, instruction: Instruction, at: int) -> None:
-        flag = self.flags[pipe.unit].setdefault(instruction.flag, Flag())
-        waiter = self.by_unit[pipe.unit][instruction.flag[0].partition("_")[2]]
-        if flag.set_at >= 0 or flag.consumed > pipe.known[waiter.index]:
+        flag = self._flag(pipe.unit, instruction.flag)
+        waiter = flag.waiter
+        if flag.set_at >= 0 or flag.consumed > pipe.known[waiter.slot]:
             raise FlagError(
-                f"{instruction.name} on {self.names[pipe.index]} sets a flag that may still be set: nothing makes it "
-                f"come after {self.names[waiter.index]} has waited for it; set it back by a flag "
-                f'"{waiter.name}_{pipe.name}", or take another id'
+                f"{instruction.name} on {pipe.text} sets a flag that may still be set: nothing makes it come after "
+                f'{waiter.text} has waited for it; set it back by a flag "{waiter.name}_{pipe.name}", or take another id'
             )
-        flag.set_at, flag.known = at, tuple(pipe.known)
-        if flag.waiting is not None:
-            heapq.heappush(self.ready, (at, flag.waiting.index))
-            flag.waiting = None
+        flag.set_at, flag.known = at, pipe.known.copy()
+        if flag.waiting:
+            flag.waiting = False
+            heapq.heappush(self.ready, (at, waiter.index))
 
     def _wait(self, pipe: Pipe, instruction: Instruction, start: int) -> bool:
-        flag = self.flags[pipe.unit].setdefault(instruction.flag, Flag())
+        flag = self._flag(pipe.unit, instruction.flag)
         if flag.set_at < 0:
-            flag.waiting = pipe
+            flag.waiting = True
             return False
         pipe.free = max(start, flag.set_at)
         pipe.known[:] = map(max, pipe.known, flag.known)
         flag.set_at, flag.consumed = -1, pipe.position + 1
         return True
 
-    def _barrier(self, pipe: Pipe, number: tuple, start: int) -> bool:
-        met = self.barriers.setdefault((pipe.unit, *number), [])
+    def _barrier(self, pipe: Pipe, start: int) -> bool:
+        met = self.barriers[pipe.unit]
         met.append(pipe)
         pipe.free = start
         if len(met) < len(self.by_unit[pipe.unit]):
             return False
         at = max(max(p.free, p.done) for p in met)
         known = list(map(max, *(p.known for p in met)))
+        self.barriers[pipe.unit] = []
         for each in met:
-            each.free, each.known = at, list(known)
+            each.free, each.known = at, known.copy()
             if each is not pipe:
                 each.position += 1
                 if each.name == "S":
@@ -263,84 +240,31 @@ class Engine:
         if waiting:
             lines = [self._why(pipe) for pipe in waiting]
             raise Deadlock("every pipe that is not done waits for a flag:\n  " + "\n  ".join(lines))
+        for region, name, pipe in self.early:
+            raise ReadBeforeWrite(
+                f"{name} on {pipe} reads {region}, where not everything was written before; fill it first, by DataCopy, "
+                f"Duplicate, or Mmad with init=True"
+            )
         for unit, flags in enumerate(self.flags):
             for (event, event_id), flag in flags.items():
                 if flag.set_at >= 0:
-                    first = self.names[self.by_unit[unit][event.partition("_")[0]].index]
+                    first = self.by_unit[unit][event.partition("_")[0]].text
                     raise FlagError(
                         f"the flag {event}, {event_id} that {first} has set is still set at the end: add "
                         f'WaitFlag("{event}", {event_id}), or the next kernel starts with it'
                     )
-        for region, name, pipe in self.early if self.check else ():
-            raise ReadBeforeWrite(f"{name} on {pipe} reads {region.text}, where nothing was written before")
+        self.cross.check_end()
 
     def _why(self, pipe: Pipe) -> str:
         """What a pipe that does not go on waits for, and who would have to do it."""
-        instruction, name = pipe.instructions[pipe.position], self.names[pipe.index]
+        instruction = pipe.instructions[pipe.position]
+        says = f"{pipe.text} waits in {instruction.name}"
         if instruction.kind == "wait":
             first = self.by_unit[pipe.unit][instruction.flag[0].partition("_")[0]]
             to_come = any(i.kind == "set" and i.flag == instruction.flag for i in first.instructions[first.position :])
-            who = f"{self.names[first.index]} would set it, and waits itself" if to_come else f"no SetFlag for it is left on {self.names[first.index]}"
-            return f"{name} waits in {instruction.name}: {who}"
+            return f"{says}: {first.text} would set it, and waits itself" if to_come else f"{says}: no SetFlag for it is left on {first.text}"
         if instruction.kind == "cross wait":
-            return f"{name} waits in {instruction.name}: not every core that is to set it has done so once more"
+            return f"{says}: to be set once more by {', '.join(self.cross.lacking(pipe.unit, *instruction.flag))}"
         if instruction.kind == "barrier all":
-            return f"{name} waits in PipeBarrier(ALL) for the other pipes"
-        return f"{name} waits to be given {instruction.name}: the scalar unit itself waits"
-
-
-class _CrossFlags:
-    """Flags between cores: a wait goes on when every core of its group has set the flag once more."""
-
-    def __init__(self, cores: list[Recorder]) -> None:
-        self.cores = cores
-        self.setters: dict[tuple[int, int], set[int]] = {}  # (waiting core, flag id) → cores
-        self.sets: dict[tuple[int, int, int], list[tuple[int, tuple]]] = {}  # and setting core → (cycle, known)
-        self.waits: dict[tuple[int, int], int] = {}
-        self.parked: dict[tuple[int, int], Pipe] = {}
-        for unit, core in enumerate(cores):
-            for queue in core.queues.values():
-                for instruction in queue.instructions:
-                    if instruction.kind == "cross set":
-                        mode, flag_id = instruction.flag
-                        for target in self._targets(unit, mode):
-                            self.setters.setdefault((target, flag_id), set()).add(unit)
-
-    def _targets(self, unit: int, mode: int) -> list[int]:
-        me = self.cores[unit]
-        if mode == 0:
-            return [i for i, core in enumerate(self.cores) if core.unit == me.unit]
-        family = [self.cores.index(core) for core in me.siblings]
-        if mode == 1:
-            return [i for i in family if self.cores[i].unit == me.unit]
-        return [i for i in family if (self.cores[i].unit == AIC) != (me.unit == AIC)]
-
-    def set(self, pipe: Pipe, instruction: Instruction, at: int, names: list[str]) -> None:
-        mode, flag_id = instruction.flag
-        for target in self._targets(pipe.unit, mode):
-            sets = self.sets.setdefault((target, flag_id, pipe.unit), [])
-            sets.append((at, tuple(pipe.known)))
-            if len(sets) - self.waits.get((target, flag_id), 0) > MOST_SETS:
-                raise FlagError(
-                    f"{instruction.name} on {names[pipe.index]} sets the flag for the {MOST_SETS + 1}th time without a "
-                    f"CrossCoreWaitFlag({flag_id}) on the other side; a core can count to {MOST_SETS}"
-                )
-
-    def wait(self, pipe: Pipe, instruction: Instruction, start: int) -> bool:
-        key = (pipe.unit, instruction.flag[0])
-        done, setters = self.waits.get(key, 0), self.setters.get(key, set())
-        sets = [self.sets.get((*key, setter), ()) for setter in setters]
-        if not sets or any(len(each) <= done for each in sets):
-            self.parked[key] = pipe
-            return False
-        pipe.free = max(start, *(each[done][0] for each in sets))
-        for each in sets:
-            pipe.known[:] = map(max, pipe.known, each[done][1])
-        self.waits[key] = done + 1
-        return True
-
-    def released(self) -> list[Pipe]:
-        """Pipes whose flag may be there now; they look again."""
-        ready = list(self.parked.values())
-        self.parked.clear()
-        return ready
+            return f"{says} for the other pipes"
+        return f"{pipe.text} waits to be given {instruction.name}: the scalar unit itself waits"

@@ -2,58 +2,92 @@
 
 Each pipe counts its instructions. A pipe knows how far it may rely on each other pipe: a vector of counts, which travels
 with a flag from the pipe that sets it to the one that waits for it (a vector clock, as race detectors for threads keep
-them). An access races with an earlier one of another pipe if that one's count is beyond what the accessor knows.
+them). An access races with an earlier one of another pipe if that one's count is beyond what the accessor knows. Pipes
+of cores between which no flag can pass, being of different domains, know nothing of each other.
 """
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from course_lib.chip.core.errors import DataRace
 
+if TYPE_CHECKING:
+    from course_lib.chip.core.program import Instruction
+
+
+@dataclass(slots=True, eq=False)
+class Pipe:
+    """One queue on its way. ``known[slot of p]``: how many instructions of pipe p are done for sure when this goes on."""
+
+    index: int
+    unit: int
+    name: str
+    text: str  # with its core, where there are several
+    port: int
+    domain: int
+    slot: int
+    instructions: "list[Instruction]"
+    issued: list[int]
+    known: list[int]
+    position: int = 0
+    free: int = 0  # cycle in which the next instruction can start
+    done: int = 0  # cycle in which all so far are done
+
 
 class Region:
     """A rectangle of bytes that some instruction uses, with its last writer and, per pipe, its last readers."""
 
-    __slots__ = ("overlaps", "readers", "text", "write_count", "write_name", "writer")
+    __slots__ = ("covered", "key", "overlaps", "owner", "readers", "write_count", "write_name", "writer")
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, owner: object, key: tuple[int, ...]) -> None:
+        self.owner, self.key = owner, key
         self.overlaps: list[Region] = []  # itself among them
-        self.forget()
+        self.covered = False  # every byte has been written
+        self.writer: Pipe | None = None
+        self.write_count, self.write_name = 0, ""
+        self.readers: dict[Pipe, tuple[int, str, bool]] = {}
 
-    def forget(self) -> None:
-        """As before the program: nobody has touched it."""
-        self.writer, self.write_count, self.write_name = -1, 0, ""
-        self.readers: dict[int, tuple[int, str, bool]] = {}
+    def __str__(self) -> str:
+        return str(self.owner)
+
+    def is_covered(self) -> bool:
+        """Has every byte been written? What another tensor at the same address has written counts as all of it."""
+        parent, _, _, r0, r1, c0, c1 = self.key
+        written = [other.key for other in self.overlaps if other.writer is not None]
+        if not written:
+            return False
+        self.covered = any(key[0] != parent for key in written) or _cover(written, (r0, r1, c0, c1))
+        return self.covered
 
 
 class Space:
     """All regions of one buffer, or of one tensor in GM; equal ones are one object."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self.regions: dict[tuple, Region] = {}
         self._bounds = np.empty((16, 7), np.int64)  # parent, first and last byte, first and last row and column
 
-    def region(self, *place: int | str) -> Region:
-        """The region of (parent tensor, first byte, last, first row, last, first column, last, text); ends exclusive.
+    def region(self, owner: object, *key: int) -> Region:
+        """The region of (parent tensor, first byte, last, first row, last, first column, last); ends exclusive.
 
-        Parts of one tensor overlap where their rectangles do; different tensors, where their bytes do.
+        Parts of one tensor overlap where their rectangles do; different tensors, where their bytes do. ``owner``: what
+        messages name it by.
         """
-        *key, text = place
-        key = tuple(key)
         found = self.regions.get(key)
         if found is None:
-            found = Region(text)
-            self._join(found, key)
+            found = Region(owner, key)
+            self._join(found)
             self.regions[key] = found
         return found
 
-    def _join(self, region: Region, key: tuple[int, ...]) -> None:
+    def _join(self, region: Region) -> None:
         n = len(self.regions)
         if n == len(self._bounds):
             self._bounds = np.concatenate([self._bounds, np.empty_like(self._bounds)])
-        self._bounds[n] = key
-        parent, first, last, r0, r1, c0, c1 = key
+        self._bounds[n] = region.key
+        parent, first, last, r0, r1, c0, c1 = region.key
         b = self._bounds[: n + 1].T
         same = (b[0] == parent) & (b[3] < r1) & (r0 < b[4]) & (b[5] < c1) & (c0 < b[6])
         other = (b[0] != parent) & (b[1] < last) & (first < b[2])
@@ -66,54 +100,68 @@ class Space:
                 others[i].overlaps.append(region)
 
 
-def check_read(region: Region, pipe: int, known: list[int], name: str, count: int, names: list[str]) -> bool:
-    """``pipe`` reads ``region``; it may rely on the first ``known[p]`` instructions of pipe p. Raises DataRace.
+def check_read(region: Region, pipe: Pipe, name: str, count: int) -> bool:
+    """``pipe`` reads ``region`` in its instruction number ``count``. Raises DataRace.
 
-    True when nobody has written there yet: the caller decides whether that is wrong.
+    True when some of it has not been written yet: the caller decides whether that is wrong.
     """
-    fresh = True
+    known, domain = pipe.known, pipe.domain
     for other in region.overlaps:
         writer = other.writer
-        if writer >= 0:
-            fresh = False
-            if writer != pipe and other.write_count > known[writer]:
-                raise _too_early(name, names[pipe], region, other.write_name, names[writer])
+        if writer is None or writer is pipe:
+            continue
+        if writer.domain != domain or other.write_count > known[writer.slot]:
+            raise _too_early(name, pipe, region, other.write_name, writer)
+    fresh = not (region.covered or region.is_covered())
     region.readers[pipe] = (count, name, fresh)
     return fresh
 
 
-def check_write(region: Region, pipe: int, known: list[int], name: str, count: int, names: list[str]) -> None:
+def check_write(region: Region, pipe: Pipe, name: str, count: int) -> None:
     """``pipe`` writes ``region``. Raises DataRace when another pipe may still be reading or writing it."""
+    known, domain = pipe.known, pipe.domain
     for other in region.overlaps:
         writer = other.writer
-        if writer != pipe and writer >= 0 and other.write_count > known[writer]:
+        if writer is not None and writer is not pipe and (writer.domain != domain or other.write_count > known[writer.slot]):
             raise DataRace(
-                f"{name} on {names[pipe]} writes {region.text} while {other.write_name} on {names[writer]} may still be "
-                f"writing it; {_cure(names[writer], names[pipe])}"
+                f"{name} on {pipe.text} writes {region} while {other.write_name} on {writer.text} may still be writing "
+                f"it; {_cure(writer, pipe)}"
             )
         for reader, (read_count, read_name, fresh) in other.readers.items():
-            if reader != pipe and read_count > known[reader]:
-                if fresh:
-                    raise _too_early(read_name, names[reader], other, name, names[pipe])
-                raise DataRace(
-                    f"{name} on {names[pipe]} overwrites {region.text} while {read_name} on {names[reader]} may still "
-                    f"be reading it; {_cure(names[reader], names[pipe])}, or use a second buffer"
-                )
+            if reader is pipe or (reader.domain == domain and read_count <= known[reader.slot]):
+                continue
+            if fresh:
+                raise _too_early(read_name, reader, other, name, pipe)
+            raise DataRace(
+                f"{name} on {pipe.text} overwrites {region} while {read_name} on {reader.text} may still be reading it; "
+                f"{_cure(reader, pipe)}, or use a second buffer"
+            )
     region.readers.clear()
-    region.writer, region.write_count, region.write_name = pipe, count, name
+    region.writer, region.write_count, region.write_name, region.covered = pipe, count, name, True
 
 
-def _too_early(name: str, pipe: str, region: Region, write_name: str, writer: str) -> DataRace:
+def _too_early(name: str, pipe: Pipe, region: Region, write_name: str, writer: Pipe) -> DataRace:
     return DataRace(
-        f"{name} on {pipe} reads {region.text} while {write_name} on {writer} may still be writing it; "
+        f"{name} on {pipe.text} reads {region} while {write_name} on {writer.text} may still be writing it; "
         f"{_cure(writer, pipe)}"
     )
 
 
-def _cure(first: str, then: str) -> str:
-    """What to add between two pipes; names are "MTE2", or "AIV3 MTE2" where a program has several cores."""
-    *one, first_pipe = first.split()
-    *two, then_pipe = then.split()
-    if one != two:
-        return f"add CrossCoreSetFlag on {first} after it and CrossCoreWaitFlag on {then} before"
-    return f'add SetFlag("{first_pipe}_{then_pipe}", id) after it and WaitFlag("{first_pipe}_{then_pipe}", id) before'
+def _cure(first: Pipe, then: Pipe) -> str:
+    """What to add between two pipes."""
+    if first.unit != then.unit:
+        return f"add CrossCoreSetFlag on {first.text} after it and CrossCoreWaitFlag on {then.text} before"
+    event = f'"{first.name}_{then.name}", id'
+    return f"add SetFlag({event}) after it and WaitFlag({event}) before"
+
+
+def _cover(parts: list[tuple[int, ...]], whole: tuple[int, int, int, int]) -> bool:
+    """Do the rectangles of ``parts`` (keys of regions) together cover ``whole``?"""
+    r0, r1, c0, c1 = whole
+    boxes = [(max(key[3], r0), min(key[4], r1), max(key[5], c0), min(key[6], c1)) for key in parts]
+    rows = sorted({r0, r1, *(edge for box in boxes for edge in box[:2])})
+    cols = sorted({c0, c1, *(edge for box in boxes for edge in box[2:])})
+    seen = np.zeros((len(rows) - 1, len(cols) - 1), bool)
+    for top, bottom, left, right in boxes:
+        seen[rows.index(top) : rows.index(bottom), cols.index(left) : cols.index(right)] = True
+    return bool(seen.all())

@@ -17,6 +17,7 @@ import numpy as np
 
 from course_lib.chip.core.buffers import ROWS, GlobalTensor, LocalTensor
 from course_lib.chip.core.errors import IllegalPath, WrongOperand
+from course_lib.chip.core.hazards import Region
 from course_lib.chip.core.numbers import STORED, decode, encode
 from course_lib.chip.core.program import Instruction
 from course_lib.chip.core.vector import VectorUnit
@@ -66,18 +67,24 @@ class Core(VectorUnit):
     # -- how each is checked and priced -------------------------------------------------------------
 
     def _fetch(self, dst: LocalTensor, src: GlobalTensor) -> None:
-        pipe, rules = self.rules.path("GM", dst.buffer.name), self.rules
+        pipe, region = self.rules.path("GM", dst.buffer.name), src.region()
+        self._issue(pipe, ("DataCopy", dst, region), lambda: self._fetched(dst, src, region))
+
+    def _fetched(self, dst: LocalTensor, src: GlobalTensor, region: Region) -> Instruction:
         self._same_dtype("DataCopy", dst, src)
         if len(src.shape) != len(dst.shape) or any(s > d for s, d in zip(src.shape, dst.shape)):
             raise WrongOperand(f"DataCopy: {src} is {src.shape} and does not fit into {dst} of {dst.shape}")
-        latency = rules.latency["to_ub" if dst.buffer.name == "UB" else "to_l1"]
+        latency = self.rules.latency["to_ub" if dst.buffer.name == "UB" else "to_l1"]
         action = partial(_copy_in, dst, src) if self.numerics else None
-        self.touched.append(src.whole)
-        self._add(pipe, Instruction("DataCopy", latency=latency, reads=(src.region(),), writes=(dst.region,), fetches=src, action=action))
+        return Instruction("DataCopy", "work", 0, latency, (region,), (dst.region,), gm=src, action=action)
 
     def _store(self, name: str, dst: GlobalTensor, src: LocalTensor, relu: bool = False) -> None:
+        pipe, region = self.rules.path(src.buffer.name, "GM"), dst.region()
+        dst.whole.written = True
+        self._issue(pipe, (name, region, src, relu), lambda: self._stored(name, dst, src, relu, region))
+
+    def _stored(self, name: str, dst: GlobalTensor, src: LocalTensor, relu: bool, region: Region) -> Instruction:
         source = src.buffer.name
-        pipe = self.rules.path(source, "GM")
         if (name == "Fixpipe") != (source == "L0C"):
             raise IllegalPath(f"{name} does not empty {source}: Fixpipe empties L0C, DataCopy the others")
         if name == "DataCopy":
@@ -86,15 +93,8 @@ class Core(VectorUnit):
             raise WrongOperand(f"{name}: {src} of {src.shape} does not fill {dst} of {dst.shape}")
         latency = self.rules.latency["from_l0c" if source == "L0C" else "to_ub"]
         action = partial(_copy_out, dst, src, relu) if self.numerics else None
-        self.touched.append(dst.whole)
-        dst.whole.written = True
         cycles = self.rules.store(source, dst.bytes)
-        self._add(pipe, Instruction(name, "work", cycles, latency, (src.region,), (dst.region(),), stores=dst, action=action))
-
-    def _add(self, pipe: str, instruction: Instruction) -> None:
-        if pipe not in self.queues:
-            raise IllegalPath(f"{instruction.name} runs on pipe {pipe}, and an {self.unit} of {self.spec.title} has {', '.join(self.queues)}")
-        self._queue(pipe, instruction)
+        return Instruction(name, "work", cycles, latency, (src.region,), (region,), gm=dst, stores=True, action=action)
 
     def _move(self, name: str, dst: LocalTensor, src: LocalTensor, relu: bool = False) -> Instruction:
         source, target = src.buffer.name, dst.buffer.name

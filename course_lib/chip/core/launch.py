@@ -120,10 +120,11 @@ def launch(
     Raises CoreError for what a real core would punish, WrongOperand for a bad argument.
     """
     spec = load_chip(chip) if isinstance(chip, str) else chip
-    given = [_argument(a, i) for i, a in enumerate(arguments)]
+    made: dict[int, GlobalTensor] = {}
+    given = [_argument(a, i, made) for i, a in enumerate(arguments)]
     tensors = [a for a in given if isinstance(a, GlobalTensor)]
     for each in tensors:
-        each.whole.space, each.whole.written = Space(each.name), False
+        each.whole.space, each.whole.written = Space(), False
     lacking = any(each.stored is None for each in tensors)
     numerics = not lacking if numerics is None else numerics
     if numerics and lacking:
@@ -137,17 +138,20 @@ def launch(
     for argument, each in zip(arguments, given):
         if isinstance(argument, np.ndarray) and each.written and numerics:
             argument[...] = each.numpy()
-    pipes = [(name.rpartition(" ")[0] or cores[0].unit, pipe.name) for name, pipe in zip(engine.names, engine.pipes)]
+    pipes = [(engine.units[pipe.unit] or cores[0].unit, pipe.name) for pipe in engine.pipes]
     left = {f"{core.unit}{i}" if len(cores) > 1 else core.unit: core.buffers for i, core in enumerate(cores)}
     return Run(
-        spec, getattr(kernel, "__name__", "kernel"), blocks, cycles, engine.hbm_bytes, engine.l2_hits, engine.l2_bytes,
+        spec, getattr(kernel, "__name__", "kernel"), blocks, cycles, engine.hbm_bytes, engine.l2.hits, engine.l2.bytes,
         tuple(given), left, engine.events, pipes,
     )  # fmt: skip
 
 
-def _argument(argument: object, position: int) -> object:
+def _argument(argument: object, position: int, made: dict[int, GlobalTensor]) -> object:
+    """What the kernel is given. An array that comes twice, for a kernel that works in place, is one tensor."""
     if isinstance(argument, np.ndarray):
-        return tensor(argument, name=f"GM{position}")
+        if id(argument) not in made:
+            made[id(argument)] = tensor(argument, name=f"GM{position}")
+        return made[id(argument)]
     if isinstance(argument, GlobalTensor) and not argument.name:
         argument.name = f"GM{position}"
     return argument
@@ -168,8 +172,6 @@ def _cores(how: Rules, unit: str, blocks: int, numerics: bool) -> tuple[list[Cor
         return [Core(how, AIC, b, blocks, 0, numerics, True) for b in range(blocks)], list(range(blocks))
     if unit != MIX:
         made = [Core(how, unit, b, blocks, 0, numerics, False) for b in range(blocks)]
-        for core in made:
-            core.siblings = [core]
         return made, [b // aivs if unit == AIV else b for b in range(blocks)]
     made, ports = [], []
     for b in range(blocks):

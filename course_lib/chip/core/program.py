@@ -28,8 +28,9 @@ class Instruction:
     latency: int = 0  # from then until the result is there; the pipe goes on meanwhile
     reads: tuple[Region, ...] = ()
     writes: tuple[Region, ...] = ()
-    fetches: GlobalTensor | None = None  # from GM: its cycles depend on what lies in L2
-    stores: GlobalTensor | None = None  # to GM
+    gm: GlobalTensor | None = None  # the one side of a transfer from or to GM
+    stores: bool = False  # to GM; else from there, with cycles that depend on what lies in L2
+    stops: bool = False  # the scalar unit, until it is done
     action: Callable[[], None] | None = None  # the arithmetic
     flops: int = 0
     flag: tuple = ()
@@ -57,8 +58,7 @@ class Recorder:
         self.buffers: dict[str, Buffer] = buffers(self.spec, names, numerics)
         self.queues: dict[str, Queue] = {pipe: Queue() for pipe in pipes}
         self.issue, self.stops = 0, []  # stops: issue cycles after which the scalar unit waits for a flag
-        self.touched: list[GlobalTensor] = []
-        self.siblings: list[Recorder] = []  # of the same AI core
+        self.siblings: list[Recorder] = [self]  # of the same AI core
         self._known: dict[tuple, Instruction] = {}
 
     def GetBlockIdx(self) -> int:
@@ -105,9 +105,8 @@ class Recorder:
         if pipe != "ALL":
             self._flag(self._pipe(pipe), "barrier", f"PipeBarrier({pipe})", ())
             return
-        number = self.issue
         for each in self.queues:
-            self._flag(each, "barrier all", "PipeBarrier(ALL)", (number,))
+            self._flag(each, "barrier all", "PipeBarrier(ALL)", ())
         self.stops.append(self.issue)
 
     def CrossCoreSetFlag(self, mode: int, pipe: str, flag_id: int) -> None:
@@ -125,11 +124,13 @@ class Recorder:
         self._flag(self._pipe(pipe), "cross wait", f"CrossCoreWaitFlag({flag_id})", (self._cross(flag_id),))
 
     def _flag(self, pipe: str, kind: str, name: str, flag: tuple) -> None:
-        known = self._known.get((name, pipe, flag))
+        key = (name, pipe)
+        known = self._known.get(key)
         if known is None:
-            known = self._known[name, pipe, flag] = Instruction(name, kind, flag=flag)
+            stops = pipe == "S" and kind in ("wait", "cross wait", "barrier all")
+            known = self._known[key] = Instruction(name, kind, flag=flag, stops=stops)
         self._queue(pipe, known)
-        if pipe == "S" and kind in ("wait", "cross wait"):
+        if known.stops and kind != "barrier all":
             self.stops.append(self.issue)
 
     def _event(self, event: str, event_id: int) -> tuple[str, str]:

@@ -33,6 +33,7 @@ DIMENSIONS: dict[str, tuple[float, dict[str, int | Decimal]]] = {
     "cycles": (1e6, {"cycle": 1}),
     "ratio": (1, {"1": 1}),
     "time": (1.0, {"s": 1, "ms": Decimal("1e-3"), "us": Decimal("1e-6"), "ns": Decimal("1e-9")}),
+    "energy": (1.0, {"J": 1, "pJ": Decimal("1e-12")}),
     "power": (1e8, {"W": 1, "kW": 1000, "MW": 10**6}),
     "rate": (1e20, {"FLOP/s": 1, "GFLOP/s": 10**9, "TFLOP/s": 10**12, "PFLOP/s": 10**15, "TOP/s": 10**12}),
     "FLOP per lane": (64, {"FLOP/cycle": 1}),

@@ -43,6 +43,8 @@ CHIP_KEYS: dict[str, str] = {
     "efficiency.memory_read": "ratio",  # of the bandwidth, in long reads
     "efficiency.memory_copy": "ratio",  # of the bandwidth, bytes read and written both counted
     "host_link.bandwidth": "bandwidth",  # one direction
+    "energy.cube": "energy",  # per FLOP
+    "energy.vector": "energy",
     "power.tdp": "power",
     "power.idle": "power",
     "power.busy": "power",  # mean while training

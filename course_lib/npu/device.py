@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import backend_registration
 
-from course_lib.npu import accelerator, amp, backward, compiled, linear, modules, ops, refused, rng, runtime, streams, transfer
+from course_lib.npu import absent, accelerator, amp, backward, compiled, linear, modules, ops, refused, rng, runtime, streams, transfer
 from course_lib.npu import memory_api as memory, rng as random  # noqa: F401, the rest of these are torch.npu's names
 from course_lib.npu.accelerator import exchange_device as _exchange_device, exchange_device as _maybe_exchange_device  # noqa: F401
 from course_lib.npu.amp import get_amp_supported_dtype, get_autocast_dtype, is_autocast_enabled, set_autocast_dtype, set_autocast_enabled  # noqa: F401
@@ -162,9 +162,10 @@ def attach(module: Any) -> None:
     backend_registration._setup_privateuseone_for_python_backend("npu", backend_module=module, device_guard=backward.Guard())
     backward.attach()
     _kept.extend(transfer.register() + ops.register(transfer.kernel) + amp.attach())
-    rng.attach()
+    _kept.extend(rng.attach())
     accelerator.attach()
     compiled.attach()
+    _kept.extend(absent.attach())
     HANDLERS[torch.ops.aten.record_stream.default] = _record_stream
     for name in ("amp", "memory", "random", "streams"):
         sys.modules[f"torch.npu.{name}"] = getattr(module, name)

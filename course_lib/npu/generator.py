@@ -92,6 +92,11 @@ _Theirs = torch._C.Generator  # what a generator among the arguments looks like:
 _seed_engine = _Theirs.manual_seed
 
 
+def ours(generator: Any) -> Generator | None:
+    """The device's generator that PyTorch's dispatcher hands on as a generator of the CPU."""
+    return None if generator is None else _by_address.get(generator._cdata)
+
+
 def draw(kernel: Callable, takes_generator: bool, args: list, kwargs: dict, own: Generator) -> Any:
     """A random operator on host tensors, with numbers from the generator it was given, or the device's ``own``."""
     given = kwargs.get("generator") or next((a for a in args if type(a) is _Theirs), None)
@@ -100,9 +105,11 @@ def draw(kernel: Callable, takes_generator: bool, args: list, kwargs: dict, own:
         if takes_generator:
             kwargs = kwargs | {"generator": own}
     else:
-        generator, takes_generator = _by_address.get(given._cdata), True
+        generator, takes_generator = ours(given), True
         if generator is None:
             raise RuntimeError(f"Expected a 'npu' device type for generator but found '{given.device.type}'")
+        if generator.index != own.index:
+            raise RuntimeError(f"Expected a 'npu:{own.index}' generator device but found 'npu:{generator.index}'")
     result = _with_its_own(kernel, args, kwargs, generator) if takes_generator else _with_the_hosts(kernel, args, kwargs, generator)
     first = result[0] if isinstance(result, (tuple, list)) else result
     generator.drawn(first.numel())

@@ -3,15 +3,19 @@
 PyTorch makes generators in C++ and has no hook for a device written in Python. So ``attach()`` puts a stand-in in place
 of the name ``torch.Generator``: called for an npu it makes ours, for any other device PyTorch's own; it is nothing's
 type, and ``isinstance(g, torch.Generator)`` answers for PyTorch's class as before.
+
+To PyTorch's C++ ours is a generator of the CPU. ``torch.rand(3, generator=ours)`` and the other factories, on the host,
+raise as on a real device. ``host_tensor.normal_(generator=ours)`` cannot be told from PyTorch's own, and draws.
 """
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from course_lib.npu import runtime
-from course_lib.npu.generator import Generator
+from course_lib.npu.generator import Generator, ours
 from course_lib.npu.streams import _index
 
 _Theirs = torch._C.Generator
@@ -32,8 +36,31 @@ class _StandIn(type):
         return getattr(_Theirs, name)
 
 
-def attach() -> None:
+FACTORIES = "rand.generator randn.generator randint.generator randint.low_generator randperm.generator".split()
+
+
+def attach() -> list[torch.library.Library]:
     torch.Generator = _StandIn("Generator", (), {"__doc__": _Theirs.__doc__, "__module__": "torch"})
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that PyTorch's own choice of a device is taken over
+        for name in FACTORIES:
+            packet, _, overload = name.partition(".")
+            library.impl(name, _drawn_where_it_belongs(getattr(getattr(torch.ops.aten, packet), overload)), "BackendSelect", allow_override=True)
+    return [library]
+
+
+def _drawn_where_it_belongs(func: torch._ops.OpOverload) -> Callable:
+    """A factory that is given a generator: on the device that was asked for, unless the generator is another's."""
+
+    def factory(*args: Any, **kwargs: Any) -> torch.Tensor:
+        place = kwargs.get("device") or torch.device("cpu")
+        if place.type == "cpu" and ours(kwargs.get("generator")):
+            raise RuntimeError("Expected a 'cpu' device type for generator but found 'npu'")
+        key = torch._C._dispatch_key_parse(torch._C._dispatch_key_for_device(place.type))
+        return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+
+    return factory
 
 
 def _generator(device: Any) -> Generator:

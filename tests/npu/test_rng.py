@@ -137,3 +137,25 @@ def test_checkpointing_repeats_its_dropout(reentrant: bool) -> None:
     again = gradients(lambda f, t: checkpoint(f, t, use_reentrant=reentrant))
     for a, b in zip(plain, again):
         torch.testing.assert_close(a, b)
+
+
+FACTORIES = {
+    "rand": lambda **k: torch.rand(3, **k), "randn": lambda **k: torch.randn(3, **k), "randperm": lambda **k: torch.randperm(3, **k),
+    "randint": lambda **k: torch.randint(9, (3,), **k), "randint from": lambda **k: torch.randint(2, 9, (3,), **k),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_generator_draws_on_its_own_device_only(name: str) -> None:
+    npu.use("mini", count=2)
+    draw, generator = FACTORIES[name], torch.Generator("npu").manual_seed(3)
+    with pytest.raises(RuntimeError, match="Expected a 'cpu' device type for generator but found 'npu'"):
+        draw(generator=generator)
+    with pytest.raises(RuntimeError, match="Expected a 'npu:1' generator device but found 'npu:0'"):
+        draw(generator=generator, device="npu:1")
+    with pytest.raises(RuntimeError, match="Expected a 'npu' device type for generator but found 'cpu'"):
+        draw(generator=torch.Generator(), device="npu")
+    host, again = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    assert torch.equal(draw(generator=host), draw(generator=again, dtype=None, requires_grad=False))
+    assert torch.equal(draw(generator=generator, device="npu").cpu(), draw(generator=torch.Generator().manual_seed(3)))
+    assert draw(generator=host, device="meta").device.type == "meta"

@@ -21,7 +21,7 @@ from torch import Tensor
 from course_lib.chip.cost import Matmul, Work
 from course_lib.npu import runtime
 from course_lib.npu.fused import define, keep, wide
-from course_lib.npu.work import ATTENTION, distinct, dtype_name, tensors_in
+from course_lib.npu.work import distinct, dtype_name, flash_work, tensors_in
 
 EVERYWHERE = 2**31 - 1  # torch_npu's "no limit" for pre_tockens and next_tockens
 LANES = 8  # m and the sum are stored 8 times, a 32-byte block, as the vector unit reads them
@@ -154,7 +154,7 @@ def _work(q: Tensor, k: Tensor, v: Tensor, band: tuple[int, int], counts: tuple[
     B, H, T, K = q.shape
     pairs, dtype = visible_pairs(T, k.shape[2], *band), dtype_name(q.dtype)
     matmuls = products(B * H, T, pairs, K, dtype) * counts[0] + products(B * H, T, pairs, v.shape[-1], dtype) * counts[1]
-    return Work(matmuls=matmuls, vector_flops=ATTENTION * B * H * pairs, vector_dtype="float32", bytes_read=distinct(reads), bytes_written=distinct(outs))
+    return flash_work(matmuls, B * H * pairs, distinct(reads), distinct(outs), backward=sum(counts) > 2)
 
 
 def _grads(ctx: Any, grad: Tensor, *_: None) -> tuple:

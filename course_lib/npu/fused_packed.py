@@ -17,7 +17,7 @@ from torch import Tensor
 from course_lib.chip.cost import Work
 from course_lib.npu.fused import define, keep
 from course_lib.npu.fused_attention import LANES, flash_backward_kernel, flash_kernel, products, visible_pairs
-from course_lib.npu.work import ATTENTION, distinct, dtype_name, tensors_in
+from course_lib.npu.work import distinct, dtype_name, flash_work, tensors_in
 
 
 def spans(q_ends: list[int], kv_ends: list[int]) -> Iterator[tuple[slice, slice]]:
@@ -89,7 +89,7 @@ def _work(q: Tensor, k: Tensor, v: Tensor, numbers: tuple, counts: tuple[int, in
         pairs += batch * seen
         for width, count in zip((q.shape[-1], v.shape[-1]), counts):
             matmuls += products(batch, t, seen, width, dtype_name(q.dtype)) * count
-    return Work(matmuls=matmuls, vector_flops=ATTENTION * pairs, vector_dtype="float32", bytes_read=distinct(reads), bytes_written=distinct(outs))
+    return flash_work(matmuls, pairs, distinct(reads), distinct(outs), backward=sum(counts) > 2)
 
 
 def _grads(ctx: Any, grad: Tensor, *_: None) -> tuple:

@@ -24,7 +24,7 @@ from course_lib.npu.fused import define, refuse
 from course_lib.npu.fused_attention import EVERYWHERE, NOT_THERE, flash_kernel, products, visible_pairs
 from course_lib.npu.fused_packed import band_of
 from course_lib.npu.fusion_attention import ORDERS, band, heads_apart
-from course_lib.npu.work import ATTENTION, dtype_name, touched
+from course_lib.npu.work import dtype_name, flash_work, touched
 
 QUANTISED = "quantised caches and results are not emulated"
 LAYOUTS = {"BSH": "BSH", "BSND": "BSND", "BNSD": "BNSD", "BNSD_BSND": "BSND"}  # of the query → of the result
@@ -114,7 +114,7 @@ def _work(args: tuple, kwargs: dict, outs: list[Tensor]) -> Work:
     read = (queries * N * K + keys * G * (K if _same(k, v) else K + W)) * q.element_size() + 4 * blocks
     read += sum(touched(t) for t in (pse, mask) if t is not None)
     written = queries * N * W * q.element_size() + (queries * N * 4 if lse else 0)
-    return Work(matmuls=matmuls, vector_flops=ATTENTION * pairs, vector_dtype="float32", bytes_read=read, bytes_written=written)
+    return flash_work(matmuls, pairs, read, written, backward=False)
 
 
 def _products(batch: int, rows: int, pairs: int, widths: tuple[int, int], dtype: str) -> tuple[Matmul, ...]:

@@ -16,6 +16,7 @@ import math
 import torch
 
 from course_lib.chip.cost import Matmul, Work
+from course_lib.chip.figures import DTYPES
 
 # Vector operations per element of the result. Not named: 1.
 PER_OUTPUT = {
@@ -257,6 +258,16 @@ def attention_pairs(T: int, S: int, causal: bool) -> tuple[int, int]:
     return (T // 2, pairs // (T // 2)) if T % 2 == 0 and T else (T, -(-pairs // T) if T else 0)
 
 
+def flash_work(matmuls: tuple[Matmul, ...], pairs: int, read: int, written: int, backward: bool) -> Work:
+    """Flash attention over ``pairs`` of queries and keys, all heads together; bytes ``read`` and ``written`` in HBM.
+
+    Scores go from the cube to the vector unit in float32, weights come back in the dtype of the products; in backward
+    two matrices each way: scores and their gradient.
+    """
+    there_and_back = (2 if backward else 1) * (4 + DTYPES[matmuls[0].dtype]) if matmuls else 0
+    return Work(matmuls, ATTENTION * pairs, "float32", read, written, exchanged=pairs * there_and_back)
+
+
 def _attention(args: tuple, kwargs: dict, outs: list, products: int, backward: bool) -> Work:
     q, k, v = (args[1:4] if backward else args[:3])
     causal = bool(args[7] if backward else (args[4] if len(args) > 4 else kwargs.get("is_causal", False)))
@@ -265,10 +276,7 @@ def _attention(args: tuple, kwargs: dict, outs: list, products: int, backward: b
     matmul = Matmul(B * H, rows, K, columns, dtype_name(q.dtype))
     mask = tensors_in(kwargs.get("attn_mask"))
     reads = tensors_in(args[:6]) + mask if backward else [q, k, v, *mask]
-    return Work(
-        matmuls=(matmul,) * products, vector_flops=ATTENTION * B * H * rows * columns, vector_dtype="float32",
-        bytes_read=distinct(reads), bytes_written=distinct(outs),
-    )
+    return flash_work((matmul,) * products, B * H * rows * columns, distinct(reads), distinct(outs), backward)
 
 
 # -- optimizers and the rest --------------------------------------------------------------------------

@@ -140,8 +140,9 @@ class Ledger:
     def record(self, op: str, shapes: tuple, tensors: list[torch.Tensor], device: runtime.Device, stream: Timeline, start: int, price: Cost) -> None:
         phase, module = where.now(tensors)
         if self._unsorted:
+            category = category_of(phase)
             for held in self._unsorted:
-                held.category = held.category or category_of(phase)
+                held.category = held.category or category
             self._unsorted.clear()
         self._records += (op, phase, module, shapes, device.index, stream.id, stream.host.now, start, price)
 

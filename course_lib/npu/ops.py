@@ -129,6 +129,12 @@ KERNELS = {
     aten._thnn_fused_lstm_cell.default: lstm_cell, aten._thnn_fused_lstm_cell_backward_impl.default: lstm_cell_backward,
     aten._thnn_fused_gru_cell.default: gru_cell, aten._thnn_fused_gru_cell_backward.default: gru_cell_backward,
 }
+# PyTorch's bindings that take the arguments of an operator as they are, and a shorter way to it than the operator's own object
+BINDINGS = {
+    aten.neg.default: torch.neg, aten.cat.default: torch.cat, aten.clone.default: torch.clone, aten.detach.default: torch.Tensor.detach,
+    aten.view.default: torch.Tensor.view, aten._unsafe_view.default: torch.Tensor.view, aten.transpose.int: torch.Tensor.transpose,
+    aten.t.default: torch.Tensor.t,
+}  # fmt: skip
 # Operators that PyTorch takes apart unless the device has a kernel of its own
 WHOLE = (aten.linear.default, aten.silu_backward.default, aten.mish_backward.default, aten.native_channel_shuffle.default, aten._fused_rms_norm.default)
 

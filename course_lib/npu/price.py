@@ -4,6 +4,7 @@ Costs are remembered by operator, shapes and dtypes, for a program repeats itsel
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ def charge(name: str, device: runtime.Device, priced: tuple[Cost, tuple], tensor
 class Form:
     """Shape, strides and dtype of a tensor. There is one object for each, so that it is found in a table by its identity."""
 
-    __slots__ = ("shape", "stride", "dtype")
+    __slots__ = ("shape", "stride", "dtype", "complex")
 
     def __init__(self, shape: tuple, stride: tuple, dtype: torch.dtype) -> None:
-        self.shape, self.stride, self.dtype = shape, stride, dtype
+        self.shape, self.stride, self.dtype, self.complex = shape, stride, dtype, dtype.is_complex
 
 
 _forms: dict[tuple, Form] = {}
+_form_of, _held_of = attrgetter("_form"), attrgetter("_held")
 
 
 def form_of(t: torch.Tensor) -> Form:
@@ -47,17 +49,17 @@ def price(info: Any, device: runtime.Device, seen: list[Any], forms: tuple, args
 
     Remembered by operator, shapes, strides, dtypes and which arguments share a storage.
     """
-    shared = _shared(seen) if len(seen) > 1 else None
+    shared = None
+    if len(seen) > 1 and len(set(map(id, map(_held_of, seen)))) < len(seen):
+        shared = _shared(seen)
     numbers = _numbers((args, list(kwargs.values()))) if info.needs_arguments else None
-    key = (info, tuple([t._form for t in seen]), forms, shared, numbers)
+    key = (info, tuple(map(_form_of, seen)), forms, shared, numbers)
     return device.costs.get(key) or _reckon(info, device, key, seen, args, kwargs, result)
 
 
-def _shared(seen: list[Any]) -> tuple | None:
-    """Which of ``seen`` lie in one storage, and where; None if each has its own."""
+def _shared(seen: list[Any]) -> tuple:
+    """Which of ``seen`` lie in one storage, and where."""
     blocks = [id(t._held) for t in seen]
-    if len(set(blocks)) == len(blocks):
-        return None
     return (*map(blocks.index, blocks), *[t._inner.storage_offset() for t in seen])
 
 

@@ -130,7 +130,7 @@ class Info:
     def __init__(self, func: torch._ops.OpOverload) -> None:
         schema = func._schema
         self.func, self.name = func, base_name(func)
-        self.kernel = ops.KERNELS.get(func, func._op)  # func(…) is func._op(…) with one more call
+        self.kernel = ops.KERNELS.get(func) or ops.BINDINGS.get(func, func._op)  # func(…) is func._op(…) with one more call
         written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         self.free = self.name in FREE or func.is_view
         self.in_place = bool(written) and not written[0].is_out and len(schema.returns) == 1 and schema.returns[0].alias_info is not None
@@ -169,7 +169,7 @@ def run(info: Info, args: tuple, kwargs: dict) -> Any:
     """Run an operator that stays on one device: compute, wrap, charge."""
     seen: list[NpuTensor] = []
     host_args = _unwrap(args, seen)
-    host_kwargs, index = _unwrap_kwargs(kwargs, seen) if kwargs else (kwargs, None)
+    host_kwargs, index = _unwrap_kwargs(kwargs, seen) if kwargs else (NOTHING, None)
     index = _one_device(seen, index)
     if index == HOST:  # zeros_like(x, device="cpu")
         return info.func(*host_args, **host_kwargs)
@@ -212,17 +212,17 @@ def _unwrap(args: Any, seen: list[NpuTensor]) -> list:
         kind = type(a)
         if kind is NpuTensor:
             seen.append(a)
-            out.append(a._inner)
+            a = a._inner
         elif kind in PLAIN:
-            out.append(a)
+            pass
         elif kind is list or kind is tuple:
-            out.append(kind(_unwrap(a, seen)) if a and not isinstance(a[0], (int, float)) else a)
+            if a and not isinstance(a[0], (int, float)):
+                a = kind(_unwrap(a, seen))
         elif isinstance(a, torch.Tensor):
-            out.append(_foreign(a, seen))
+            a = _foreign(a, seen)
         elif kind is torch.device:
-            out.append(_host_device(a))
-        else:
-            out.append(a)
+            a = _host_device(a)
+        out.append(a)
     return out
 
 
@@ -259,7 +259,7 @@ def _refuse_foreign(info: Info, args: tuple, kwargs: dict, seen: list[NpuTensor]
 
 def _one_device(seen: list[NpuTensor], index: int | None) -> int:
     """The device on which all of ``seen`` lie; an explicit ``device=`` argument wins."""
-    if not seen:
+    if not seen or len(runtime.devices) == 1:
         return runtime.current if index is None else index
     first = seen[0]._held.index
     for t in seen:
@@ -297,16 +297,15 @@ def wrap(inner: torch.Tensor, index: int) -> NpuTensor:
 def _view(inner: torch.Tensor, held: runtime.Held) -> NpuTensor:
     """``inner``, which lies in the memory ``held``, as a device tensor."""
     form = form_of(inner)
-    dtype = form.dtype
-    out = _make(NpuTensor, form.shape, form.stride, inner.storage_offset(), None, dtype, torch.strided, held.device)
+    out = _make(NpuTensor, form.shape, form.stride, inner.storage_offset(), None, form.dtype, _strided, held.device)
     out._inner, out._held, out._form = inner, held, form
-    if inner.is_neg() or (dtype.is_complex and inner.is_conj()):  # a view with a sign or conjugation still to be done
+    if inner.is_neg() or (form.complex and inner.is_conj()):  # a view with a sign or conjugation still to be done
         torch._C._set_neg(out, inner.is_neg())
         torch._C._set_conj(out, inner.is_conj())
     return out
 
 
-_make = torch.Tensor._make_wrapper_subclass
+_make, _strided = torch.Tensor._make_wrapper_subclass, torch.strided
 
 
 def _wrap_result(info: Info, result: Any, args: tuple, kwargs: dict, index: int) -> tuple[Any, tuple]:

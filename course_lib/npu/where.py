@@ -137,12 +137,12 @@ def mark(tensors: object, category: str) -> None:
             held.category = category
 
 
-DEFAULT_CATEGORY = {"forward": "activations", "recompute": "activations"}
+DEFAULT_CATEGORY = {"forward": "activations", "recompute": "activations", "backward": "temporaries", "optimizer": "temporaries"}
 
 
 def category_of(phase: str) -> str:
     """What memory is for when nothing more is known than the phase in which it was taken."""
-    return DEFAULT_CATEGORY.get(phase, "temporaries" if phase in ("backward", "optimizer") else "other")
+    return DEFAULT_CATEGORY.get(phase, "other")
 
 
 where = Where()

@@ -1,4 +1,4 @@
-"""Names of ``torch.npu`` that an emulation cannot honour. Each is there, and says why it does not work when it is used."""
+"""Names of ``torch.npu`` and torch_npu that an emulation cannot honour. Each is there, and says why it does not work when it is used."""
 
 from typing import Any
 
@@ -35,3 +35,14 @@ class _Refusal(type):
 
 # Classes, so that ``isinstance(x, torch.npu.NPUGraph)`` still has an answer: no
 NAMES = {name: _Refusal(name, (), {"__doc__": reason, "__module__": "torch.npu"}) for name, reason in REASONS.items()}
+
+
+def _waits(name: str) -> Any:
+    def collective(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(f"torch_npu.{name}: a product and a collective in one kernel wait for the emulated hccl; use the two one after the other")
+
+    return collective
+
+
+# Fused operators that compute and communicate
+COLLECTIVES = {name: _waits(name) for name in ("npu_mm_all_reduce_base", "npu_all_gather_base_mm", "npu_mm_reduce_scatter_base", "npu_moe_distribute_dispatch", "npu_moe_distribute_combine")}

@@ -27,8 +27,14 @@ else:
         npu_grouped_matmul, npu_moe_gating_top_k_softmax, npu_moe_token_permute, npu_moe_token_unpermute,
     )  # fmt: skip
     from course_lib.npu.fused_loss import npu_apply_adam_w, npu_cross_entropy_loss, npu_scaled_masked_softmax  # noqa: F401
+    from course_lib.npu.fused_serving import (  # noqa: F401
+        npu_fast_gelu, npu_ffn, npu_kv_rmsnorm_rope_cache, npu_moe_gating_top_k, npu_moe_init_routing_v2, npu_moe_re_routing, npu_scatter_nd_update,
+    )  # fmt: skip
     from course_lib.npu.infer_attention import npu_fused_infer_attention_score, npu_incre_flash_attention, npu_prompt_flash_attention  # noqa: F401
     from course_lib.npu.quantised import npu_dynamic_quant, npu_quant_matmul, npu_weight_quant_batchmatmul  # noqa: F401
+    from course_lib.npu.refused import COLLECTIVES
+
+    globals().update(COLLECTIVES)  # what raises, with its reason
 
 
 def npu_dtype_cast(self: Tensor, dtype: torch.dtype) -> Tensor:

@@ -125,7 +125,7 @@ class LocalTensor:
         if dtype not in DTYPES:
             raise WrongOperand(f"no dtype named {dtype!r}; use one of {', '.join(DTYPES)}")
         self.buffer, self.start, self.dtype, self.parent = buffer, start, dtype, parent
-        if dtype not in STORED and buffer.memory is not None:
+        if dtype not in STORED and (buffer.memory is not None or dtype == "float4_e2m1fn_x2"):
             raise WrongOperand(f"no values of dtype {dtype!r} in {buffer.name}; use one of {', '.join(STORED)}")
         self.size, self.layout = DTYPES[dtype], LAYOUTS[buffer.name]
         self.c0 = 16 if buffer.name == "L0C" else BLOCK // self.size
@@ -134,7 +134,7 @@ class LocalTensor:
         self.bytes = prod(self.shape) * self.size
         self.rect = (0, self.shape[0], 0, self.shape[1]) if len(self.shape) == 2 else (0, 1, 0, self.shape[0])
         self.whole = self.rect[1], self.rect[3]  # rows and columns of the tensor that it is a part of
-        self.blocks = self._blocks() if buffer.memory is not None and start + self.bytes <= buffer.capacity else None
+        self.blocks = self._blocks() if buffer.memory is not None and 0 <= start <= buffer.capacity - self.bytes else None
         self.region = self._region() if start + self.bytes <= buffer.capacity else None
         self._parts: dict[tuple, LocalTensor] = {}
 

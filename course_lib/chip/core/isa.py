@@ -170,7 +170,7 @@ def _converted(src: LocalTensor, dtype: str, relu: bool) -> np.ndarray:
     if src.dtype == dtype:
         return stored
     values = decode(stored, src.dtype)
-    return encode(np.clip(np.rint(values), -128, 127) if dtype == "int8" else values, dtype)
+    return encode(np.clip(values, -128, 127) if dtype == "int8" else values, dtype)
 
 
 def _rearrange(dst: LocalTensor, src: LocalTensor, transpose: bool) -> None:

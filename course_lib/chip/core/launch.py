@@ -141,9 +141,14 @@ def launch(
     pipes = [(engine.units[pipe.unit] or cores[0].unit, pipe.name) for pipe in engine.pipes]
     left = {f"{core.unit}{i}" if len(cores) > 1 else core.unit: core.buffers for i, core in enumerate(cores)}
     return Run(
-        spec, getattr(kernel, "__name__", "kernel"), blocks, cycles, engine.hbm_bytes, engine.l2.hits, engine.l2.bytes,
+        spec, _name(kernel), blocks, cycles, engine.hbm_bytes, engine.l2.hits, engine.l2.bytes,
         tuple(given), left, engine.events, pipes,
     )  # fmt: skip
+
+
+def _name(kernel: Callable) -> str:
+    """Its own, also behind functools.partial."""
+    return getattr(getattr(kernel, "func", kernel), "__name__", "kernel")
 
 
 def _argument(argument: object, position: int, made: dict[int, GlobalTensor]) -> object:

@@ -19,6 +19,8 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
         return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
     if dtype in EXPONENT_BITS:
         return _nearest(np.asarray(values, np.float32), dtype)
+    if dtype in ("int32", "int8") and np.asarray(values).dtype.kind == "f":
+        return _whole(np.asarray(values), dtype)
     with np.errstate(over="ignore"):  # beyond float16 lies infinity, as on the chip
         return np.asarray(values).astype(STORED[dtype])
 
@@ -30,6 +32,13 @@ def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
     if dtype in EXPONENT_BITS:
         return TABLES[dtype][stored]
     return stored.astype(np.int32 if dtype.startswith("int") else np.float32, copy=False)
+
+
+def _whole(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Nearest whole numbers, ties to even; what is too large becomes the largest, NaN becomes 0."""
+    limits = np.iinfo(dtype)
+    rounded = np.rint(np.nan_to_num(values.astype(np.float64), posinf=np.inf, neginf=-np.inf))
+    return np.clip(rounded, limits.min, limits.max).astype(dtype)
 
 
 EXPONENT_BITS = {"float8_e4m3fn": 4, "float8_e5m2": 5}

@@ -16,6 +16,7 @@ from course_lib.chip.core.numbers import decode, encode
 from course_lib.chip.core.program import Instruction, Recorder
 
 Function = Callable[..., np.ndarray]
+FLOATS_ONLY = ("Div", "Exp", "Ln", "Sqrt", "Rsqrt", "Reciprocal")
 
 
 class VectorUnit(Recorder):
@@ -113,7 +114,8 @@ class VectorUnit(Recorder):
     def _vector(
         self, name: str, latency: str, function: Function, dst: LocalTensor, *sources: LocalTensor, scalar: float | None = None
     ) -> None:
-        self._issue("V", (name, dst, sources, scalar), lambda: self._elementwise(name, latency, function, dst, sources, scalar))
+        key = (name, dst, sources, scalar if scalar else repr(scalar))  # 0.0 and -0.0 are equal, and not the same
+        self._issue("V", key, lambda: self._elementwise(name, latency, function, dst, sources, scalar))
 
     def _elementwise(
         self, name: str, latency: str, function: Function, dst: LocalTensor, sources: tuple[LocalTensor, ...], scalar: float | None
@@ -145,6 +147,8 @@ class VectorUnit(Recorder):
                 raise IllegalPath(f"{name} works on UB, and {operand} lies in {operand.buffer.name}")
             if name != "Cast" and not self.spec.vector_has(operand.dtype):
                 raise WrongOperand(f"{name}: the vector unit of {self.spec.title} has no {operand.dtype}; Cast to float32 first")
+        if name in FLOATS_ONLY and dst.dtype == "int32":
+            raise WrongOperand(f"{name} works on floats, and {dst} is {dst.dtype}; Cast first")
         cycles = self.rules.vector(elements, shape.dtype, latency, rows)
         flops = 0 if name in ("Cast", "Duplicate", "Brcb") else elements * rows
         return Instruction(name, "work", cycles, 0, tuple(s.region for s in sources), (dst.region,), action=action, flops=flops)

@@ -112,6 +112,76 @@ def npu_dynamic_quant(
     return dynamic_quant(input, smooth_scales, dtype, modes[quant_mode], LARGEST[dtype])
 
 
+def _quantise(x: Tensor, scales: Tensor, zero: Tensor | None, dtype: torch.dtype, divide: bool) -> Tensor:
+    y = wide(x) / scales.float() if divide else wide(x) * scales.float()
+    limits = torch.iinfo(dtype)
+    return (y if zero is None else y + zero.float()).round().clamp(limits.min, limits.max).to(dtype)
+
+
+def _given_work(args: tuple, kwargs: dict, outs: list[Tensor]) -> Work:
+    """Per element: scale, rounding; one more for a zero point."""
+    reads = [t for t in args[:3] if t is not None]
+    return Work(vector_flops=len(reads) * args[0].numel(), vector_dtype=dtype_name(args[0].dtype), bytes_read=distinct(reads), bytes_written=distinct(outs))
+
+
+quantise = define("npu_quantize(Tensor x, Tensor scales, Tensor? zero_points, ScalarType dtype, bool divide) -> Tensor", _quantise, _given_work)
+QUANTISED = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.int8: torch.int8, torch.uint8: torch.uint8, torch.int32: torch.int32}
+
+
+def npu_quantize(input: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: torch.dtype, axis: int = 1, div_mode: bool = True) -> Tensor:
+    """x / scales + zero_points, or x · scales + zero_points without ``div_mode``, rounded, in int8, uint8 or int32.
+
+    One scale, or one for each place along ``axis``; without ``div_mode`` an axis other than −2 means the last.
+    """
+    name = "npu_quantize"
+    if dtype not in QUANTISED:
+        raise NotImplementedError(f"torch_npu.{name}(dtype={dtype}): the emulation has qint8, quint8 and int32")
+    axis = axis if div_mode or axis == -2 else -1
+    shape = [1] * input.dim()
+    shape[axis] = -1
+    scales, zero_points = (t if t is None or t.dim() != 1 else t.view(shape) for t in (scales, zero_points))
+    if scales.dim() > input.dim() or any(s not in (1, n) for s, n in zip(reversed(scales.shape), reversed(input.shape))):
+        raise ValueError(f"{name}: scales {tuple(scales.shape)} for axis {axis} of an input {tuple(input.shape)}")
+    return quantise(input, scales, zero_points, QUANTISED[dtype], div_mode)
+
+
+def _dequant_swiglu(x: Tensor, weight_scale: Tensor | None, row_scale: Tensor | None, smooth: Tensor | None, left: bool) -> tuple[Tensor, Tensor]:
+    y = x.float() if weight_scale is None else x.float() * weight_scale
+    y = y if row_scale is None else y * row_scale.view(-1, 1)
+    a, b = y.chunk(2, -1)
+    out = torch.nn.functional.silu(a) * b if left else torch.nn.functional.silu(b) * a
+    return _dynamic_quant(out, smooth, torch.int8, [-1], LARGEST[torch.int8])
+
+
+def _dequant_swiglu_work(args: tuple, kwargs: dict, outs: list[Tensor]) -> Work:
+    """Per input element: conversion and each scale; per result: silu 4, product 1, quantising 4, one more to smooth."""
+    x, weight_scale, row_scale, smooth, _ = args
+    reads = [t for t in args[:4] if t is not None]
+    flops = (1 + (weight_scale is not None) + (row_scale is not None)) * x.numel() + (9 + (smooth is not None)) * outs[0].numel()
+    return Work(vector_flops=flops, bytes_read=distinct(reads), bytes_written=distinct(outs))
+
+
+dequant_swiglu = define(
+    "npu_dequant_swiglu_quant(Tensor x, Tensor? weight_scale, Tensor? row_scale, Tensor? smooth, bool left) -> (Tensor, Tensor)", _dequant_swiglu, _dequant_swiglu_work
+)
+
+
+def npu_dequant_swiglu_quant(
+    x: Tensor, *, weight_scale: Tensor | None = None, activation_scale: Tensor | None = None, bias: Tensor | None = None, quant_scale: Tensor | None = None,
+    quant_offset: Tensor | None = None, group_index: Tensor | None = None, activate_left: bool = False, quant_mode: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(int8 (T, H), one scale a row) of SwiGLU of x (T, 2H) times its scales: between two products in int8.
+
+    The right half is activated unless ``activate_left``. ``quant_scale`` (1, H) multiplies the result before it is quantised.
+    """
+    name = "npu_dequant_swiglu_quant"
+    refuse(name, "scales by group and static ones are not emulated; quant_mode=1 finds a scale for each row", group_index=group_index, bias=bias,
+           quant_offset=quant_offset, quant_mode=None if quant_mode == 1 else quant_mode)  # fmt: skip
+    if x.dim() != 2 or x.shape[-1] % 2 or (x.dtype == torch.int32 and (weight_scale is None or activation_scale is None)):
+        raise ValueError(f"{name}: x of {x.dtype} {tuple(x.shape)}; it wants (T, 2H), and of int32 both weight_scale and activation_scale")
+    return dequant_swiglu(x, weight_scale, activation_scale, quant_scale, activate_left)
+
+
 # -- small weights, wide activations --------------------------------------------------------------------
 
 

@@ -31,7 +31,9 @@ else:
         npu_fast_gelu, npu_ffn, npu_kv_rmsnorm_rope_cache, npu_moe_gating_top_k, npu_moe_init_routing_v2, npu_moe_re_routing, npu_scatter_nd_update,
     )  # fmt: skip
     from course_lib.npu.infer_attention import npu_fused_infer_attention_score, npu_incre_flash_attention, npu_prompt_flash_attention  # noqa: F401
-    from course_lib.npu.quantised import npu_dynamic_quant, npu_quant_matmul, npu_weight_quant_batchmatmul  # noqa: F401
+    from course_lib.npu.quantised import (  # noqa: F401
+        npu_dequant_swiglu_quant, npu_dynamic_quant, npu_quant_matmul, npu_quantize, npu_weight_quant_batchmatmul,
+    )  # fmt: skip
     from course_lib.npu.refused import COLLECTIVES
 
     globals().update(COLLECTIVES)  # what raises, with its reason

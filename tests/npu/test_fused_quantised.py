@@ -157,3 +157,46 @@ def test_what_is_not_there_says_why(name):
     error, text, call = REFUSED[name]
     with pytest.raises(error, match=text):
         call(*put(A, B8, SCALE))
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), [(torch.qint8, -128, 127), (torch.quint8, 0, 255)])
+@pytest.mark.parametrize("divide", [True, False])
+def test_quantising_by_given_scales(divide, dtype, low, high):
+    x, zero = torch.randn(2, 3, 4) * 100, torch.tensor([1.0, 2.0, 3.0])
+    scales = torch.tensor([0.5, 1.0, 2.0])
+    scales, zero, axis = (scales, zero, 1) if divide else (scales.repeat(2)[:4], zero.repeat(2)[:4], 7)
+    by = (lambda t: t[:, None]) if divide else (lambda t: t)
+    want = ((x / by(scales) if divide else x * by(scales)) + by(zero)).round().clamp(low, high)
+    got = torch_npu.npu_quantize(*[t.to("npu") for t in (x, scales, zero)], dtype, axis=axis, div_mode=divide)
+    assert got.dtype in (torch.int8, torch.uint8)
+    torch.testing.assert_close(got.cpu().float(), want)
+    with pytest.raises(ValueError, match="scales"):
+        torch_npu.npu_quantize(x.to("npu"), torch.ones(5, device="npu"), None, dtype)
+
+
+def test_swiglu_between_products_of_int8():
+    x, weight_scale, rows, smooth = torch.randint(-999, 999, (5, 12), dtype=torch.int32), torch.rand(1, 12) / 99, torch.rand(5), torch.rand(1, 6)
+    real = x * weight_scale * rows[:, None]
+    for left in (True, False):
+        a, b = real.chunk(2, -1) if left else reversed(real.chunk(2, -1))
+        out = torch.nn.functional.silu(a) * b * smooth
+        q, scale = torch_npu.npu_dequant_swiglu_quant(
+            x.to("npu"), weight_scale=weight_scale.to("npu"), activation_scale=rows.to("npu"), quant_scale=smooth.to("npu"), activate_left=left, quant_mode=1
+        )
+        assert q.dtype == torch.int8
+        torch.testing.assert_close(scale.cpu(), out.abs().amax(-1) / 127)
+        torch.testing.assert_close(q.cpu() * scale.cpu()[:, None], out, rtol=0, atol=scale.max().item() * 0.51)
+    with pytest.raises(NotImplementedError, match="quant_mode=0"):
+        torch_npu.npu_dequant_swiglu_quant(x.to("npu"))
+    with pytest.raises(ValueError, match="both weight_scale and activation_scale"):
+        torch_npu.npu_dequant_swiglu_quant(x.to("npu"), quant_mode=1)
+
+
+def test_what_small_numbers_cost():
+    x, scale, x32 = put(torch.randn(4, 8), torch.ones(8), torch.ones(4, 8, dtype=torch.int32))
+    with npu.ledger() as ledger:
+        torch_npu.npu_quantize(x, scale, None, torch.qint8, axis=1)
+        torch_npu.npu_dequant_swiglu_quant(x32, weight_scale=scale, activation_scale=scale[:4], quant_mode=1)
+    given, between = [r.cost for r in ledger.records]
+    assert given.vector_flops == 2 * 32 and given.bytes == 4 * 32 + 4 * 8 + 32
+    assert between.vector_flops == 3 * 32 + 9 * 16 and between.bytes == 4 * 32 + 4 * 8 + 16 + 4 * 4

@@ -9,6 +9,8 @@ Every count follows from shapes alone, by the formulas below; ``chip.cost`` turn
   A multiplication and the addition after it are two instructions: ``chip.cost`` grants no fused multiply-add.
 * **Bytes**: each element that must be read is read once and each result is written once. An expanded
   tensor is read once, a table only where it is looked up, a buffer that is only overwritten is not read.
+  ``zeros_like(x)`` and its like are charged with reading ``x`` too, of which a kernel needs the shape only: an upper
+  bound that is kept because the stored figures of the lessons contain it.
 """
 
 import math

@@ -36,8 +36,8 @@ class Engine:
 
     def __init__(self, rules: Rules, cores: list[Recorder], ports: list[int], check: bool) -> None:
         self.rules, self.cores, self.check = rules, cores, check
-        self.units = [f"{core.unit}{unit}" if len(cores) > 1 else "" for unit, core in enumerate(cores)]
-        self.cross = CrossFlags(cores, [name or cores[0].unit for name in self.units])
+        self.units = [core.label for core in cores]
+        self.cross = CrossFlags(cores, self.units)
         self.pipes: list[Pipe] = []
         self.by_unit = [self._pipes(unit, ports[unit]) for unit in range(len(cores))]
         self.flags: list[dict[tuple, Flag]] = [{} for _ in cores]
@@ -51,14 +51,14 @@ class Engine:
         self.events: list[tuple[int, Instruction, int, int]] = []
         self.results: list[tuple[int, Instruction]] = []
         self.early: list[tuple[Region, str, str]] = []  # reads of what nobody had written when they were looked at
-        self.ready: list[tuple[int, int]] = []
+        self.ready: list[tuple[int, int, int]] = []  # (cycle, asked for since, pipe): pipes that may go on
 
     def _pipes(self, unit: int, port: int) -> dict[str, Pipe]:
         """The pipes of one core. They form a domain of flags, or all do where flags go from core to core."""
         queues, made = self.cores[unit].queues, {}
         everywhere = sum(len(core.queues) for core in self.cores)
         for slot, (name, queue) in enumerate(queues.items()):
-            text = f"{self.units[unit]} {name}".strip()
+            text = f"{self.units[unit]} {name}" if len(self.cores) > 1 else name
             number = len(self.pipes)
             domain, slot, known = (0, number, everywhere) if self.cross.used else (unit, slot, len(queues))
             made[name] = Pipe(number, unit, name, text, port, domain, slot, queue.instructions, queue.issued, [0] * known)
@@ -67,9 +67,9 @@ class Engine:
 
     def run(self) -> int:
         """Times everything, then computes. Cycles until the last result is in HBM. Raises CoreError."""
-        self.ready = [(0, pipe.index) for pipe in self.pipes if pipe.instructions]
+        self.ready = [(0, 0, pipe.index) for pipe in self.pipes if pipe.instructions]
         while self.ready:
-            _, index = heapq.heappop(self.ready)
+            *_, index = heapq.heappop(self.ready)
             self._advance(self.pipes[index])
         self._ended()
         self.results.sort(key=lambda result: result[0])  # and, being stable, as they came where they end together
@@ -81,7 +81,7 @@ class Engine:
     # -- one pipe -----------------------------------------------------------------------------------
 
     def _advance(self, pipe: Pipe) -> None:
-        """As far as it goes: until a flag is missing, or its next transfer comes after one of another pipe."""
+        """As far as it goes: until a flag is missing, or another pipe's turn to use port, L2 and HBM comes first."""
         instructions, issued, unit = pipe.instructions, pipe.issued, pipe.unit
         stops, held, ready, slot = self.cores[unit].stops, self.offsets[unit], self.ready, pipe.slot
         last = len(instructions)
@@ -95,9 +95,12 @@ class Engine:
                 start += held[stop]
             start = max(start, pipe.free)
             if instruction.kind == "work":
-                if instruction.gm is not None and ready and start > ready[0][0]:
-                    heapq.heappush(ready, (start, pipe.index))
-                    return
+                if instruction.gm is not None and ready:
+                    port = (self.write_free if instruction.stores else self.read_free)[pipe.port]
+                    turn = (max(start, port), start, pipe.index)
+                    if turn > ready[0]:
+                        heapq.heappush(ready, turn)
+                        return
                 pipe.known[slot] = pipe.position + 1
                 self._work(pipe, instruction, start)
             else:
@@ -107,6 +110,9 @@ class Engine:
             pipe.position += 1
             if instruction.stops:
                 self._go_on(pipe, issued[pipe.position - 1])
+
+    def _wake(self, pipe: Pipe, at: int) -> None:
+        heapq.heappush(self.ready, (at, at, pipe.index))
 
     def _work(self, pipe: Pipe, instruction: Instruction, start: int) -> None:
         if instruction.gm is None:
@@ -174,7 +180,7 @@ class Engine:
         elif kind == "cross set":
             self.cross.set(pipe, instruction, max(start, pipe.done))
             for waiting in self.cross.released():
-                heapq.heappush(self.ready, (waiting.free, waiting.index))
+                self._wake(waiting, waiting.free)
         else:
             return self.cross.wait(pipe, instruction, start)
         return True
@@ -196,7 +202,7 @@ class Engine:
         flag.set_at, flag.known = at, pipe.known.copy()
         if flag.waiting:
             flag.waiting = False
-            heapq.heappush(self.ready, (at, waiter.index))
+            self._wake(waiter, at)
 
     def _wait(self, pipe: Pipe, instruction: Instruction, start: int) -> bool:
         flag = self._flag(pipe.unit, instruction.flag)
@@ -223,14 +229,14 @@ class Engine:
                 each.position += 1
                 if each.name == "S":
                     self._go_on(each, each.issued[each.position - 1])
-                heapq.heappush(self.ready, (at, each.index))
+                self._wake(each, at)
         return True
 
     def _go_on(self, scalar: Pipe, issued: int) -> None:
         """The scalar unit issues again: what follows in program order is late by as much as it waited."""
         self.offsets[scalar.unit].append(max(scalar.free - issued, self.offsets[scalar.unit][-1]))
         for pipe in self.held[scalar.unit]:
-            heapq.heappush(self.ready, (scalar.free, pipe.index))
+            self._wake(pipe, scalar.free)
         self.held[scalar.unit].clear()
 
     # -- the end ------------------------------------------------------------------------------------

@@ -138,8 +138,8 @@ def launch(
     for argument, each in zip(arguments, given):
         if isinstance(argument, np.ndarray) and each.written and numerics:
             argument[...] = each.numpy()
-    pipes = [(engine.units[pipe.unit] or cores[0].unit, pipe.name) for pipe in engine.pipes]
-    left = {f"{core.unit}{i}" if len(cores) > 1 else core.unit: core.buffers for i, core in enumerate(cores)}
+    pipes = [(cores[pipe.unit].label, pipe.name) for pipe in engine.pipes]
+    left = {core.label: core.buffers for core in cores}
     return Run(
         spec, _name(kernel), blocks, cycles, engine.hbm_bytes, engine.l2.hits, engine.l2.bytes,
         tuple(given), left, engine.events, pipes,

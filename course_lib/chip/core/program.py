@@ -61,6 +61,13 @@ class Recorder:
         self.siblings: list[Recorder] = [self]  # of the same AI core
         self._known: dict[tuple, Instruction] = {}
 
+    @property
+    def label(self) -> str:
+        """Its name in messages and traces: "AIC", or one of several as "AIC3", the AIVs of AI core 3 as "AIV3.0"."""
+        if len(self.siblings) > 1:
+            return f"{self.unit}{self._block}" + (f".{self._sub_block}" if self.unit == AIV else "")
+        return f"{self.unit}{self._block}" if self._blocks > 1 else self.unit
+
     def GetBlockIdx(self) -> int:
         """Number of this core, from 0; AIVs of one AI core share it in a MIX kernel."""
         return self._block

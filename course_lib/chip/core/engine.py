@@ -47,6 +47,7 @@ class Engine:
         self.read_free = [0] * (max(ports) + 1)
         self.write_free = [0] * (max(ports) + 1)
         self.hbm_free, self.hbm_bytes = 0, 0
+        self.owed = 0  # HBM's time for what L2 still has to write back
         self.l2 = L2(rules.l2_bytes)
         self.events: list[tuple[int, Instruction, int, int]] = []
         self.results: list[tuple[int, Instruction]] = []
@@ -76,7 +77,7 @@ class Engine:
         for _, instruction in self.results:
             instruction.action()
         done = max((pipe.done for pipe in self.pipes), default=0)
-        return max(done, -(-self.hbm_free // THOUSANDTHS))
+        return max(done, -(-(self.hbm_free + self.owed) // THOUSANDTHS))
 
     # -- one pipe -----------------------------------------------------------------------------------
 
@@ -145,24 +146,34 @@ class Engine:
         end = start + self.rules.fetch(hit, source.bytes - hit)
         if fetched:
             self.hbm_bytes += fetched
-            end = max(end, self._hbm(start, fetched, 0))
+            end = max(end, self._read_hbm(start, fetched))
             latency += self.rules.latency["l2_miss"]
         self.read_free[pipe.port] = end
         return end, latency
 
     def _store(self, pipe: Pipe, instruction: Instruction, start: int) -> int:
-        """Cycle in which the bytes have passed into L2; HBM takes them from there, whenever it is free."""
+        """Cycle in which the bytes have passed into L2, which writes them back whenever HBM has nothing to read."""
         target = instruction.gm
         self.l2.write(target, instruction.writes[0])
         self.hbm_bytes += target.bytes
         start = max(start, self.write_free[pipe.port])
-        self._hbm(start, 0, target.bytes)
+        self._idle_hbm(start)
+        self.owed += self.rules.hbm(0, target.bytes)
         end = self.write_free[pipe.port] = start + instruction.cycles
         return end
 
-    def _hbm(self, start: int, read: int, written: int) -> int:
-        self.hbm_free = max(self.hbm_free, start * THOUSANDTHS) + self.rules.hbm(read, written)
+    def _read_hbm(self, start: int, size: int) -> int:
+        """Cycle in which HBM, which all cores ask in turn, has delivered."""
+        self._idle_hbm(start)
+        self.hbm_free += self.rules.hbm(size, 0)
         return -(-self.hbm_free // THOUSANDTHS)
+
+    def _idle_hbm(self, until: int) -> None:
+        """While nobody reads, HBM takes what L2 has been given."""
+        idle = until * THOUSANDTHS - self.hbm_free
+        if idle > 0:
+            self.owed = max(0, self.owed - idle)
+            self.hbm_free += idle
 
     # -- flags --------------------------------------------------------------------------------------
 

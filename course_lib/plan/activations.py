@@ -77,10 +77,15 @@ def of_layer(
 
 
 def of_ends(model: Model, batch: Number, tokens: Number, element: int = 2, tensor: Number = 1) -> Bytes:
-    """Bytes kept outside the layers: final norm, and the scores V wide that the loss needs for its backward."""
-    B, T, t = exact(batch), exact(tokens), exact(tensor)
-    norm = (2 * element * model.width + STATISTIC * (1 if model.gated else 2)) * B * T
-    return {"final norm": norm, "log-probabilities": _share(element * model.vocab_size * B * T, t), "loss": element}
+    """Bytes kept outside the layers: final norm, and the log-probabilities (V wide) for the backward of the loss."""
+    rows, t = exact(batch) * exact(tokens), exact(tensor)
+    return {
+        "final norm input": element * model.width * rows,
+        "final norm statistics": STATISTIC * (1 if model.gated else 2) * rows,
+        "final norm result": element * model.width * rows,
+        "log-probabilities": _share(element * model.vocab_size * rows, t),
+        "sum of the targets' weights": element,
+    }
 
 
 def of_model(

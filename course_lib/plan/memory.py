@@ -78,23 +78,36 @@ def peak(
     model: Model, batch: Number, tokens: Number, precision: str = "float32", attention: str | None = None,
     checkpointing: str = "none", gradients_held: bool = False,
 ) -> Number:  # fmt: skip
-    """Bytes at the peak of a training step on one device: the highest of three moments.
+    """Bytes at the peak of a training step on one device: the highest of four moments, for models of dense layers.
 
     * backward of the loss: activations, and two more tensors (B·T, V), the gradients before and after log-softmax;
-    * the last layer's backward under checkpointing: its activations are back, and one gradient of the residual stream;
+    * backward of the last layer: what checkpointing had dropped of it is back, beside gradients in its feed-forward;
+    * backward of the first layer: other activations are gone, and nearly all gradients are there;
     * the optimizer's step: weights, gradients and states, no activations.
     ``gradients_held``: they are there from the start (accumulation); without it each is made in backward.
     """
     parts = training(model, batch, tokens, precision, attention, checkpointing)
-    element, B, T = PRECISIONS[precision].weights, exact(batch), exact(tokens)
-    resident = parts["weights"] + parts["optimizer states"] + (parts["gradients"] if gradients_held else 0)
-    scores = element * model.vocab_size * B * T
-    head = 0 if gradients_held else element * model.vocab_size * model.width
-    back = activations.transient(model, B, T, element, attention, checkpointing)
-    loss = resident + parts["activations"] + 2 * scores
-    layer = resident + parts["activations"] - scores + head + back + 2 * element * model.width * B * T
-    step = parts["weights"] + parts["optimizer states"] + parts["gradients"]
-    return most(most(loss, layer), step)
+    p, B, T = PRECISIONS[precision], exact(batch), exact(tokens)
+    resident, all_gradients = parts["weights"] + parts["optimizer states"], parts["gradients"]
+    shape = (model, B, T, p.weights, attention)
+    scores = p.weights * model.vocab_size * B * T
+    inside = p.weights * (2 * model.feed_forward + model.width) * B * T  # gradients of two factors and of the residual
+    table, layer = model.vocab_size * model.width, layers(model)[0]
+    last = first = all_gradients
+    if not gradients_held:
+        last = p.gradients * (table + model.width * model.feed_forward)
+        to_come = layer.parameters - model.width * model.feed_forward + table * (not model.tied)
+        first = all_gradients - p.gradients * to_come
+    moments = (
+        parts["activations"] + 2 * scores + (all_gradients if gradients_held else 0),
+        parts["activations"] - scores + activations.transient(*shape, checkpointing) + inside + last,
+        total(activations.of_layer(*shape)) + inside + first,
+        all_gradients,
+    )
+    highest = moments[0]
+    for moment in moments[1:]:
+        highest = most(highest, moment)
+    return resident + highest
 
 
 # -- KV cache -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import numpy as np
 
 from course_lib.chip import ChipSpec, UnknownFigure
 from course_lib.plan import flops, memory
-from course_lib.plan.layers import Number, count, exact, layers, most, unembedding
+from course_lib.plan.layers import Number, count, exact, layers, most
 from course_lib.plan.model import Model
 
 ADAMW_BYTES = {
@@ -201,8 +201,8 @@ def experts_read(model: Model, tokens: Number) -> Number:
 def weights_read(model: Model, tokens: Number) -> Number:
     """Parameters that a forward pass over ``tokens`` reads: all but the embedding, of routed experts those reached."""
     routed = [m for layer in layers(model) for m in layer.matrices * layer.count if m.stored > m.active]
-    inside = sum(layer.count * layer.parameters for layer in layers(model)) - sum(m.parameters for m in routed)
-    fixed = inside + unembedding(model).multiplying
+    n = count(model)
+    fixed = n.total - n.positions - n.embedding * (not model.tied) - sum(m.parameters for m in routed)
     return fixed + (experts_read(model, tokens) * sum(m.inputs * m.outputs for m in routed) if routed else 0)
 
 

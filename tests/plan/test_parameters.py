@@ -1,5 +1,6 @@
-"""Parameters three ways: closed form, the numel of an executed model, and what is published, to its printed precision."""
+"""Parameters three ways: closed form, numel of executed models, and what is published, to the precision printed."""
 
+import json
 import re
 
 import pytest
@@ -79,8 +80,6 @@ def test_the_courses_model(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "gpt3-175b", "llama-2-70b", "llama-3-405b", "qwen2.5-72b", "deepseek-v3"])
 def test_huggingfaces_model_has_as_many(name: str) -> None:
     """The same fields, given to transformers, which builds the model without memory."""
-    import json
-
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = json.loads(plan.model._file(name).read_text())["config"]

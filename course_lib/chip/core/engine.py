@@ -43,6 +43,7 @@ class Engine:
         self.flags: list[dict[tuple, Flag]] = [{} for _ in cores]
         self.barriers: list[list[Pipe]] = [[] for _ in cores]  # pipes that have come to the next PipeBarrier(ALL)
         self.offsets = [[0] for _ in cores]  # cycles by which the scalar unit was held back, per stop
+        self.told = [[[]] for _ in cores]  # what it knew then, and with it whatever it issues from there on
         self.held: list[list[Pipe]] = [[] for _ in cores]
         self.read_free = [0] * (max(ports) + 1)
         self.write_free = [0] * (max(ports) + 1)
@@ -94,6 +95,9 @@ class Engine:
                     self.held[unit].append(pipe)
                     return
                 start += held[stop]
+                if stop > pipe.stops:
+                    pipe.stops = stop
+                    pipe.known[:] = map(max, pipe.known, self.told[unit][stop])
             start = max(start, pipe.free)
             if instruction.kind == "work":
                 if instruction.gm is not None and ready:
@@ -246,6 +250,7 @@ class Engine:
     def _go_on(self, scalar: Pipe, issued: int) -> None:
         """The scalar unit issues again: what follows in program order is late by as much as it waited."""
         self.offsets[scalar.unit].append(max(scalar.free - issued, self.offsets[scalar.unit][-1]))
+        self.told[scalar.unit].append(scalar.known.copy())
         for pipe in self.held[scalar.unit]:
             self._wake(pipe, scalar.free)
         self.held[scalar.unit].clear()

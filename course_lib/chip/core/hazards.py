@@ -32,6 +32,7 @@ class Pipe:
     issued: list[int]
     known: list[int]
     position: int = 0
+    stops: int = 0  # of the scalar unit that lie before
     free: int = 0  # cycle in which the next instruction can start
     done: int = 0  # cycle in which all so far are done
 
@@ -111,7 +112,8 @@ def check_read(region: Region, pipe: Pipe, name: str, count: int) -> bool:
         if writer is None or writer is pipe:
             continue
         if writer.domain != domain or other.write_count > known[writer.slot]:
-            raise _too_early(name, pipe, region, other.write_name, writer)
+            write, read = (writer, other.write_count, other.write_name), (pipe, count, name)
+            raise _overwritten(region, read, write) if _comes_first(read, write) else _too_early(region, write, read)
     fresh = not (region.covered or region.is_covered())
     region.readers[pipe] = (count, name, fresh)
     return fresh
@@ -119,31 +121,48 @@ def check_read(region: Region, pipe: Pipe, name: str, count: int) -> bool:
 
 def check_write(region: Region, pipe: Pipe, name: str, count: int) -> None:
     """``pipe`` writes ``region``. Raises DataRace when another pipe may still be reading or writing it."""
-    known, domain = pipe.known, pipe.domain
+    known, domain, write = pipe.known, pipe.domain, (pipe, count, name)
     for other in region.overlaps:
         writer = other.writer
         if writer is not None and writer is not pipe and (writer.domain != domain or other.write_count > known[writer.slot]):
-            raise DataRace(
-                f"{name} on {pipe.text} writes {region} while {other.write_name} on {writer.text} may still be writing "
-                f"it; {_cure(writer, pipe)}"
-            )
+            raise _written_twice(region, (writer, other.write_count, other.write_name), write)
         for reader, (read_count, read_name, fresh) in other.readers.items():
             if reader is pipe or (reader.domain == domain and read_count <= known[reader.slot]):
                 continue
-            if fresh:
-                raise _too_early(read_name, reader, other, name, pipe)
-            raise DataRace(
-                f"{name} on {pipe.text} overwrites {region} while {read_name} on {reader.text} may still be reading it; "
-                f"{_cure(reader, pipe)}, or use a second buffer"
-            )
+            read = reader, read_count, read_name
+            first = _comes_first(write, read) if reader.unit == pipe.unit else fresh
+            raise _too_early(other, write, read) if first else _overwritten(region, read, write)
     region.readers.clear()
     region.writer, region.write_count, region.write_name, region.covered = pipe, count, name, True
 
 
-def _too_early(name: str, pipe: Pipe, region: Region, write_name: str, writer: Pipe) -> DataRace:
+Access = tuple[Pipe, int, str]  # pipe, number of the instruction on it, name
+
+
+def _comes_first(one: Access, other: Access) -> bool:
+    """In the order of the program, which is what the author has in mind; between cores there is none."""
+    return one[0].unit == other[0].unit and one[0].issued[one[1] - 1] < other[0].issued[other[1] - 1]
+
+
+def _too_early(region: Region, write: Access, read: Access) -> DataRace:
     return DataRace(
-        f"{name} on {pipe.text} reads {region} while {write_name} on {writer.text} may still be writing it; "
-        f"{_cure(writer, pipe)}"
+        f"{read[2]} on {read[0].text} reads {region} while {write[2]} on {write[0].text} may still be writing it; "
+        f"{_cure(write[0], read[0])}"
+    )
+
+
+def _overwritten(region: Region, read: Access, write: Access) -> DataRace:
+    return DataRace(
+        f"{write[2]} on {write[0].text} overwrites {region} while {read[2]} on {read[0].text} may still be reading it; "
+        f"{_cure(read[0], write[0])}, or use a second buffer"
+    )
+
+
+def _written_twice(region: Region, one: Access, other: Access) -> DataRace:
+    first, then = (other, one) if _comes_first(other, one) else (one, other)
+    return DataRace(
+        f"{then[2]} on {then[0].text} writes {region} while {first[2]} on {first[0].text} may still be writing it; "
+        f"{_cure(first[0], then[0])}"
     )
 
 

@@ -155,25 +155,44 @@ def test_huggingfaces_model_under_pytorchs_counter(name: str) -> None:
     assert found[1] == flops.total(flops.backward(model, 2, 128, "full", flash=False))
 
 
-def test_latent_attention_and_experts_under_pytorchs_counter(tmp_path) -> None:
-    """A small model with DeepSeek-V3's parts, run in full: which expert takes a token does not change the sum."""
+SMALL_V3 = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "q_lora_rank": 24,
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 20, "first_k_dense_replace": 1,
+    "vocab_size": 128,
+}  # fmt: skip
+
+
+def small_v3(attention: str, tmp_path) -> tuple[torch.nn.Module, plan.Model]:
+    """A small model with DeepSeek-V3's parts, latent attention and experts, by transformers; and its shape."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = json.loads(plan.model._file("deepseek-v3").read_text())["config"] | {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "q_lora_rank": 24,
-        "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
-        "n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 20, "first_k_dense_replace": 1,
-        "vocab_size": 128,
-    }  # fmt: skip
-    file = tmp_path / "small.json"
-    file.write_text(json.dumps(fields))
+    fields = json.loads(plan.model._file("deepseek-v3").read_text())["config"] | SMALL_V3
+    (tmp_path / "small.json").write_text(json.dumps(fields))
     config = AutoConfig.for_model(**fields)
-    made = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    made = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
+    return made, plan.load_model(tmp_path / "small.json")
+
+
+def test_latent_attention_and_experts_under_pytorchs_counter(tmp_path) -> None:
+    """Run in full: which expert takes a token does not change the sum."""
+    made, model = small_v3("eager", tmp_path)
     found = count_by_pytorch(made, torch.randint(128, (2, 32)))
-    model = plan.load_model(file)
     assert found[0] == flops.total(flops.forward(model, 2, 32, attention="full"))
     assert found[1] == flops.total(flops.backward(model, 2, 32, "full", flash=False))
     assert plan.count(model).total - sum(p.numel() for p in made.parameters()) == 2 * 16  # the choice's bias, a buffer
+
+
+@pytest.mark.parametrize(("implementation", "attention", "flash"), [("eager", "full", False), ("sdpa", "causal", True)])
+def test_latent_attention_and_experts_on_the_device(implementation, attention, flash, tmp_path) -> None:
+    """Unfused attention computes the square; the device's own operator the triangle, and its scores again in backward."""
+    made, model = small_v3(implementation, tmp_path)
+    made, rows = made.to("npu"), torch.randint(128, (2, 32)).to("npu")
+    with npu.ledger() as ledger:
+        made(rows).logits.sum().backward()
+    forward, backward = (cube(ledger, phase) for phase in ("forward", "backward"))
+    assert forward == flops.total(flops.forward(model, 2, 32, attention=attention))
+    assert backward == flops.total(flops.backward(model, 2, 32, attention, flash))
 
 
 # -- conventions --------------------------------------------------------------------------------------------

@@ -20,7 +20,10 @@ All functions take arrays for batch, tokens and context, and give exact integers
     (-0.0751..., -0.0567...)
 """
 
+from dataclasses import replace
 from functools import lru_cache
+
+import numpy as np
 
 from course_lib.plan.layers import Core, Layer, Number, count, exact, layers, mtp_layer, unembedding
 from course_lib.plan.model import Model
@@ -46,11 +49,26 @@ def forward(
     _one_of("logits", logits, ("all", "last"))
     B, T = exact(batch), exact(tokens)
     S = T if context is None else exact(context)
+    if np.any(np.asarray(S) < np.asarray(T)):
+        raise ValueError(
+            f"context is {context} for {tokens} new tokens, which it counts as well; give at least as many"
+        )
     out: Flops = {"embedding": 0}
     for layer in _layers(model, absorbed, mtp):
         _add(out, layer, B, T, S, attention, expanded=0 if absorbed else S)
     head = 2 * B * (T if logits == "all" else 1) * unembedding(model).multiplying
     out["unembedding"] = head * (1 + (model.mtp if mtp else 0))
+    return out
+
+
+def of_layer(
+    layer: Layer, batch: Number = 1, tokens: Number = 1, context: Number | None = None, attention: str = "causal"
+) -> Flops:
+    """FLOPs by operator of a forward pass through one layer of this kind; arguments as in `forward`."""
+    _one_of("attention", attention, ATTENTION)
+    T = exact(tokens)
+    out: Flops = {}
+    _add(out, replace(layer, count=1), exact(batch), T, T if context is None else exact(context), attention, expanded=0)
     return out
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from course_lib.plan.model import Model
+from course_lib.plan.model import INDEXED, Model
 
 Number = int | float | np.ndarray
 
@@ -272,7 +272,7 @@ def _compressed(model: Model, ratio: int) -> tuple[list[Matrix], list[Core], int
         Matrix("output", c.output_groups * c.output_rank, D),
     ]  # fmt: skip
     keys, cores, gains = [Keys(most=c.window)], [], c.query_rank + K + H  # two norms, one sink per head
-    indexed = ratio and ratio == min(r for r in c.ratios if r)
+    indexed = ratio == INDEXED
     if ratio:
         overlap = 2 if indexed else 1  # CSA's entries overlap: two branches
         matrices += [Matrix("compressor", D, overlap * K), Matrix("compressor gate", D, overlap * K)]

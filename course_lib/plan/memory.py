@@ -20,7 +20,7 @@ import numpy as np
 from course_lib.plan import activations
 from course_lib.plan.activations import Bytes, total
 from course_lib.plan.layers import Number, count, exact, layers, least, most
-from course_lib.plan.model import Model
+from course_lib.plan.model import INDEXED, Model
 
 BLOCK = 512  # bytes: the allocator rounds each tensor up to whole blocks (torch_npu NPUCachingAllocator.cpp)
 
@@ -46,17 +46,22 @@ PRECISIONS = {
 }
 
 
+def precision_of(name: str) -> Precision:
+    """The entry of `PRECISIONS`; ValueError for another name."""
+    if name not in PRECISIONS:
+        raise ValueError(f"precision is {name!r}; use one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
 def states(parameters: Number, precision: str = "bfloat16, ZeRO", ranks: Number = 1, stage: Number = 0) -> Bytes:
     """Bytes per rank of weights, gradients and optimizer states under ZeRO ``stage`` 0 to 3 over ``ranks``.
 
     Stage 1 divides the optimizer states, 2 also the gradients, 3 also the weights (arXiv:1910.02054, section 3).
     ValueError for an unknown precision or stage.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
+    p, N, P, z = precision_of(precision), exact(parameters), exact(ranks), exact(stage)
     if np.any((np.asarray(stage) < 0) | (np.asarray(stage) > 3)):
         raise ValueError(f"ZeRO stage is {stage}; use 0, 1, 2 or 3")
-    p, N, P, z = PRECISIONS[precision], exact(parameters), exact(ranks), exact(stage)
     sizes = (("weights", p.weights, 3), ("gradients", p.gradients, 2), ("optimizer states", p.states, 1))
     return {name: _divided(size * N, P, z >= divided) for name, size, divided in sizes}
 
@@ -69,7 +74,7 @@ def training(
 
     A lower bound on the peak: see `peak`.
     """
-    element = PRECISIONS[precision].weights
+    element = precision_of(precision).weights
     kept = activations.of_model(model, batch, tokens, element, attention, checkpointing)
     return states(count(model).total, precision) | {"activations": total(kept)}
 
@@ -87,7 +92,7 @@ def peak(
     ``gradients_held``: they are there from the start (accumulation); without it each is made in backward.
     """
     parts = training(model, batch, tokens, precision, attention, checkpointing)
-    p, B, T = PRECISIONS[precision], exact(batch), exact(tokens)
+    p, B, T = precision_of(precision), exact(batch), exact(tokens)
     resident, all_gradients = parts["weights"] + parts["optimizer states"], parts["gradients"]
     shape = (model, B, T, p.weights, attention)
     scores = p.weights * model.vocab_size * B * T
@@ -143,9 +148,8 @@ def kv_per_token(model: Model, form: str = "bfloat16") -> int | float:
     """
     f, index = _format(form), _index_bytes(model, form)
     if model.compressed:
-        smallest = min(r for r in model.compressed.ratios if r)
         return sum(
-            layer_count * (_entry(model, f) + (index if ratio == smallest else 0)) / ratio
+            layer_count * (_entry(model, f) + (index if ratio == INDEXED else 0)) / ratio
             for ratio, layer_count in _ratios(model).items() if ratio
         )  # fmt: skip
     return model.layers * (_entry(model, f) + index)
@@ -156,10 +160,9 @@ def kv_cache(model: Model, batch: Number = 1, context: Number = 1, form: str = "
     B, S, f = exact(batch), exact(context), _format(form)
     if not model.compressed:
         return B * S * kv_per_token(model, form)
-    smallest = min(r for r in model.compressed.ratios if r)
     window = model.layers * least(S, model.compressed.window) * _entry(model, f)
     entries = sum(
-        layer_count * (S // ratio) * (_entry(model, f) + (_index_bytes(model, form) if ratio == smallest else 0))
+        layer_count * (S // ratio) * (_entry(model, f) + (_index_bytes(model, form) if ratio == INDEXED else 0))
         for ratio, layer_count in _ratios(model).items() if ratio
     )  # fmt: skip
     return B * (window + entries)
@@ -246,6 +249,20 @@ def batch_limit(
 def rounded(nbytes: Number) -> Number:
     """Bytes that the allocator takes for a tensor: whole blocks of 512. On average half a block is lost per tensor."""
     return -(-exact(nbytes) // BLOCK) * BLOCK
+
+
+def activations_rounded(
+    model: Model,
+    batch: Number,
+    tokens: Number,
+    element: int = 4,
+    attention: str | None = None,
+    checkpointing: str = "none",
+) -> Number:
+    """Bytes that the allocator takes for what forward keeps, each tensor rounded; for models of equal layers."""
+    layer = activations.of_layer(model, batch, tokens, element, attention, checkpointing)
+    ends = activations.of_ends(model, batch, tokens, element)
+    return model.layers * sum(map(rounded, layer.values())) + sum(map(rounded, ends.values()))
 
 
 def parameters_rounded(model: Model, element: int = 4) -> Number:

@@ -18,6 +18,7 @@ from pathlib import Path
 from course_lib import data
 
 REQUIRED = object()
+INDEXED = 4  # tokens per entry of V4's compressed sparse attention, the kind with an indexer and overlapping entries
 NULLABLE = ("n_inner", "q_lora_rank", "head_dim")
 
 
@@ -49,8 +50,8 @@ class Indexer:
 class Compressed:
     """Attention of DeepSeek-V4: a window of tokens, and beyond it one entry for several tokens, key and value in one.
 
-    ``ratios``: tokens per entry in each layer; 0: window only; the smallest other one has an indexer (CSA), a larger
-    one attends to all entries (HCA).
+    ``ratios``: tokens per entry in each layer; 0: window only; 4: an indexer chooses entries (CSA); more: a query sees
+    all entries (HCA).
     """
 
     query_rank: int

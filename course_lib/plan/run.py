@@ -179,7 +179,7 @@ def train(
     Bytes are a lower bound: each weight is read once per pass, what is kept is written in forward and read in backward,
     gradients are written once; the optimizer reads and writes all its states.
     """
-    B, T, n, p = exact(batch), exact(tokens), count(model).total, memory.PRECISIONS[precision]
+    B, T, n, p = exact(batch), exact(tokens), count(model).total, memory.precision_of(precision)
     kept = memory.training(model, B, T, precision, None, checkpointing)["activations"]
     weights, gradients = p.weights * n, p.gradients * n
     passes = [

@@ -1,6 +1,7 @@
 """Activations three ways: closed form, what the device's allocator holds, and the storages that autograd saves."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,6 @@ from course_lib.plan import activations, memory
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 PRESETS = ["micro", "tiny", "small"]
-
-
-def roundings(model: plan.Model, batch: int, tokens: int, element: int, checkpointing: str = "none") -> int:
-    """What the allocator takes for the kept tensors, each rounded up to whole blocks."""
-    layer = activations.of_layer(model, batch, tokens, element, checkpointing=checkpointing)
-    ends = activations.of_ends(model, batch, tokens, element)
-    return sum(map(memory.rounded, ends.values())) + model.layers * sum(map(memory.rounded, layer.values()))
 
 
 def saved_by(made: torch.nn.Module, *inputs: torch.Tensor) -> int:
@@ -48,6 +42,26 @@ def test_what_autograd_saves_of_the_courses_model(name: str, element: int, batch
     assert found == activations.total(activations.of_model(plan.load_model(f"course-{name}"), batch, tokens, element))
 
 
+def unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention as written on the blackboard, (B, H, T, K) each."""
+    T = q.shape[2]
+    future = torch.full((T, T), -torch.inf, device=q.device, dtype=q.dtype).triu(1)
+    return (q @ k.mT * q.shape[-1] ** -0.5 + future).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("element", DTYPES)
+@pytest.mark.parametrize(("batch", "tokens"), [(3, 33), (2, 64)])
+def test_without_flash_attention(element: int, batch: int, tokens: int, monkeypatch) -> None:
+    """The probabilities are kept, T × T for each head; with as many key heads as query heads, which need no repetition."""
+    monkeypatch.setattr(llm, "attend", unfused)
+    config = replace(preset("tiny", 512), kv_heads=4)
+    made = llm.Transformer(config).to(DTYPES[element]).to("npu")
+    rows = torch.zeros(batch, tokens, dtype=torch.long, device="npu")
+    model = replace(plan.load_model("course-tiny"), kv_heads=4)
+    found = saved_by(made, rows, rows)
+    assert found == activations.total(activations.of_model(model, batch, tokens, element, "plain"))
+
+
 def blockwise(made: llm.Transformer, level: str, monkeypatch) -> llm.Transformer:
     """The model with the checkpointing that ``level`` names, by PyTorch's own function."""
     if level == "full":
@@ -72,7 +86,9 @@ def test_what_the_device_holds_after_forward(level: str, element: int, monkeypat
     tables = 2 * memory.rounded(element * config.context * config.head_width // 2)
     assert before == weights + tables + memory.rounded(8 * 4 * 96)
     loss = made(rows, rows)
-    assert torch.npu.memory_allocated() - before == roundings(model, 4, 96, element, level) + memory.rounded(element)
+    assert torch.npu.memory_allocated() - before == memory.activations_rounded(
+        model, 4, 96, element, checkpointing=level
+    ) + memory.rounded(element)
     del loss
 
 
@@ -92,7 +108,7 @@ def test_large_models_without_numbers(name: str, shape_only) -> None:
     assert requested() - before - 2 == activations.total(activations.of_model(model, 2, 2048))
     held = torch.npu.memory_allocated() - blocks
     assert (
-        1 <= held / roundings(model, 2, 2048, 2) < 1.03
+        1 <= held / memory.activations_rounded(model, 2, 2048, 2) < 1.03
     )  # a large block is kept whole if less than 1 MiB is left of it
     del loss
 

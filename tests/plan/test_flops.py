@@ -185,7 +185,7 @@ def test_latent_attention_and_experts_under_pytorchs_counter(tmp_path) -> None:
 
 @pytest.mark.parametrize(("implementation", "attention", "flash"), [("eager", "full", False), ("sdpa", "causal", True)])
 def test_latent_attention_and_experts_on_the_device(implementation, attention, flash, tmp_path) -> None:
-    """Unfused attention computes the square; the device's own operator the triangle, and its scores again in backward."""
+    """Unfused attention computes the square; the device's operator the triangle, and its scores again in backward."""
     made, model = small_v3(implementation, tmp_path)
     made, rows = made.to("npu"), torch.randint(128, (2, 32)).to("npu")
     with npu.ledger() as ledger:
@@ -241,6 +241,15 @@ def test_published_cost_per_decoded_token_at_a_million_tokens() -> None:
     assert [round(100 * x / weighted[0], 1) for x in weighted[1:]] == [26.5, 10.0]
 
 
+def test_layers_add_up_to_the_model() -> None:
+    for name in plan.models():
+        model = plan.load_model(name)
+        kinds = plan.layers.layers(model)
+        inside = sum(layer.count * flops.total(flops.of_layer(layer, 2, 300)) for layer in kinds)
+        whole = flops.forward(model, 2, 300)
+        assert inside + whole["unembedding"] == flops.total(whole)
+
+
 def test_absorbed_latents_decode_without_expanding_the_cache() -> None:
     model = plan.load_model("deepseek-v3")
     plain, absorbed = (flops.forward(model, 1, 1, 4096, absorbed=a) for a in (False, True))
@@ -289,3 +298,5 @@ def test_other_words_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match="use one of"):
             call()
+    with pytest.raises(ValueError, match="context is 3 for 5 new tokens"):
+        flops.forward(model, tokens=5, context=3)

@@ -139,7 +139,7 @@ def test_arrays_of_ranks_and_stages() -> None:
 def test_other_words_are_refused() -> None:
     for call in (
         lambda: memory.states(1, "fp8"), lambda: memory.kv_per_token(plan.load_model("gpt2"), "fp6"),
-        lambda: memory.states(1, stage=4),
+        lambda: memory.states(1, stage=4), lambda: memory.peak(plan.load_model("gpt2"), 1, 8, "fp8"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="use "):
             call()

@@ -223,7 +223,20 @@ def test_figure_1(name: str) -> None:
     """Activations exactly; states, too, with the paper's 12·L·h² parameters, and within 5 % with all of the layers."""
     (L, h, a, b, t, p, v), (states, plain, least) = FIGURE_1[name]
     model = plan.Model(
-        name, name, "arXiv 2205.05198, table 3", h, L, a, a, h // a, 4 * h, 51200, 2048, True, gated=False
+        name,
+        name,
+        "arXiv 2205.05198, table 3",
+        h,
+        L,
+        a,
+        a,
+        h // a,
+        4 * h,
+        51200,
+        2048,
+        True,
+        gated=False,
+        qkv_bias=True,
     )
     gib = 2**30
     counted = memory.total(memory.states(12 * L * h * h, "bfloat16, Megatron")) / (t * p)

@@ -70,6 +70,29 @@ def test_the_indexer_adds_its_share() -> None:
     assert round((v32 - v3) / 1e9, 2) == 0.85
 
 
+# arXiv 2104.04473, table 1: billions of parameters as printed, layers, width, heads; 51200 tokens, sequences of 2048
+NARAYANAN = [
+    (1.7, 24, 2304, 24), (3.6, 30, 3072, 32), (7.5, 36, 4096, 32), (39.1, 48, 8192, 64), (76.1, 60, 10240, 80),
+    (145.6, 80, 12288, 96), (529.6, 105, 20480, 128),
+]  # fmt: skip
+
+
+def gpt(L: int, h: int, a: int) -> plan.Model:
+    return plan.Model(
+        "gpt", "gpt", "arXiv 2104.04473, table 1", h, L, a, a, h // a, 4 * h, 51200, 2048, True, False, True
+    )
+
+
+@pytest.mark.parametrize(("printed", "L", "h", "a"), NARAYANAN)
+def test_the_models_of_megatrons_table(printed: float, L: int, h: int, a: int) -> None:
+    """Parameters as printed; and its FLOPs of an iteration, 96·B·s·l·h²·(1 + s/6h + V/16lh), which count recomputation."""
+    model, s, V, B = gpt(L, h, a), 2048, 51200, 512
+    assert round(plan.count(model).total / 1e9, 1) == printed
+    assert plan.count(model).total == 12 * L * h * h + 13 * L * h + (V + s) * h + 2 * h
+    executed = flops.executed(model, B, s, "full", attention="full", flash=False)
+    assert executed == 96 * B * s * L * h * h + 16 * B * s * s * L * h + 6 * B * s * h * V
+
+
 @pytest.mark.parametrize("name", ["micro", "tiny", "small"])
 def test_the_courses_model(name: str) -> None:
     model, n = Transformer(preset(name, 512)), plan.count(plan.load_model(f"course-{name}"))

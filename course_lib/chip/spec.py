@@ -8,11 +8,20 @@ conventions: cube only, and cube + vector (376 = 353.9 + 22.1 TFLOP/s on the Asc
     python -m course_lib.chip ascend-910b2
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from course_lib import data
-from course_lib.chip.figures import DTYPES, Figures, SpecError, UnknownFigure, read_figures, read_text, read_toml
+from course_lib.chip.figures import (
+    DTYPES,
+    Figure,
+    Figures,
+    SpecError,
+    UnknownFigure,
+    read_figures,
+    read_text,
+    read_toml,
+)
 
 COUNTS = ("cube", "cube+vector")
 TOPOLOGIES = ("full mesh", "switch", "fat tree", "ring")
@@ -143,6 +152,20 @@ class ChipSpec:
                 f"To assume one, copy {self.name}.toml, add it with tag A, and load the copy by its path"
             )
         return value
+
+    def having(self, title: str = "", **figures: float) -> "ChipSpec":
+        """The same chip with other figures, in SI, tagged as assumed: ``chip.having(memory__l2_capacity=12 * 2**20)``.
+
+        Two underscores stand for the dot of a key. Raises SpecError for a key that a chip does not have.
+        """
+        changed = dict(self.figures)
+        for name, value in figures.items():
+            key = name.replace("__", ".")
+            if key not in CHIP_KEYS:
+                raise SpecError(f"{key!r} is no figure of a chip; see course_lib.chip.spec.CHIP_KEYS")
+            unit = changed[key].unit if key in changed else CHIP_KEYS[key]
+            changed[key] = Figure(value, unit, "A", f"chosen in place of that of {self.name}")
+        return replace(self, title=title or f"{self.title}, changed", figures=Figures(changed))
 
 
 @dataclass(frozen=True)

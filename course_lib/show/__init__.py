@@ -9,7 +9,9 @@ from importlib import import_module
 
 PLACES = {
     "batch_choices": "training", "loss_curve": "training", "memory_over_step": "memory", "phase_bars": "phases",
-    "quantity": "units", "time_budget": "training", "timeline": "streams", "utilisation_curve": "training",
+    "ladder": "cores", "pipes": "cores",
+    "quantity": "units", "rate_over": "roofs", "roofline": "roofs", "time_budget": "training", "timeline": "streams",
+    "utilisation_curve": "training",
 }  # fmt: skip
 __all__ = [*PLACES]
 

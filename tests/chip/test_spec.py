@@ -188,3 +188,13 @@ def test_a_bad_system_is_refused(old: str, new: str, message: str, tmp_path: Pat
     text = "\n".join(line for line in lines if not line.startswith("#"))
     with pytest.raises(SpecError, match=message):
         load_system(write(tmp_path, text))
+
+
+def test_a_chip_with_another_figure() -> None:
+    chip = load_chip("ascend-910b2")
+    small = chip.having("910B2, small L2", memory__l2_capacity=12 * 2**20)
+    assert (small.l2_bytes, small.title, small.name) == (12 * 2**20, "910B2, small L2", chip.name)
+    assert small.figures["memory.l2_capacity"].tag == "A" and small != chip and hash(small) != hash(chip)
+    assert chip.l2_bytes == 192 * 2**20 and small.require("buffers.l0c") == chip.require("buffers.l0c")
+    with pytest.raises(SpecError, match="memory.l3"):
+        chip.having(memory__l3=1)

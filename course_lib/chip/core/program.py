@@ -83,17 +83,24 @@ class Recorder:
     def LocalTensor(self, buffer: str, shape: tuple[int, ...] | int, dtype: str, address: int | None = None, sub_block: int = 0) -> LocalTensor:
         """A vector or matrix in one of the core's buffers, after those already there, or at ``address`` in bytes.
 
-        Outside UB, shapes are rounded up to whole fractals. On chips whose FixPipe reaches UB, an AIC may name the UB
-        of its own AIV ``sub_block``. Raises BufferOverflow, Misaligned, IllegalPath.
+        Outside UB, shapes are rounded up to whole fractals. On chips with the wires for it, in a MIX kernel, an AIC may
+        name the UB of its own AIV ``sub_block``, and an AIV the L1 of its AIC; both name one place by one ``address``.
+        Raises BufferOverflow, Misaligned, IllegalPath.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         there = self.buffers
-        if buffer == "UB" and self.unit == AIC and buffer not in there:
-            self.rules.path("L0C", "UB")
-            there = self.siblings[1 + sub_block].buffers
+        if buffer not in there and buffer in ("UB", "L1"):
+            there = self._across(buffer, 1 + sub_block if buffer == "UB" else 0)
         if buffer not in there:
             raise IllegalPath(f"an {self.unit} of {self.spec.title} has no {buffer}; its buffers are {', '.join(there)}")
         return there[buffer].allocate(shape, dtype, address)
+
+    def _across(self, buffer: str, sibling: int) -> dict[str, Buffer]:
+        """The buffers of another core of this AI core, to which a wire must lead."""
+        self.rules.path(*(("L0C", "UB") if buffer == "UB" else ("UB", "L1")))
+        if not 0 <= sibling < len(self.siblings):
+            raise IllegalPath(f"{self.label} reaches no {buffer} here: it has {len(self.siblings) - 1} other cores beside it; launch with unit MIX")
+        return self.siblings[sibling].buffers
 
     # -- order between pipes ------------------------------------------------------------------------
 

@@ -158,6 +158,38 @@ def test_l0c_reaches_ub_on_the_950_and_not_on_a2(random: np.random.Generator) ->
         launch(to_ub, A2, a, out, unit="MIX")
 
 
+def test_ub_reaches_l1_on_the_950(random: np.random.Generator) -> None:
+    """An AIV doubles a matrix and hands it to its AIC, which squares it; GM is not touched in between."""
+    x, out = random.standard_normal((32, 32)).astype(np.float16), np.zeros((32, 32), np.float32)
+
+    def kernel(core: object, x: object, out: object) -> None:
+        l1 = core.LocalTensor("L1", (32, 32), "float16", address=0)
+        if core.unit == "AIC":
+            a, b, c = core.LocalTensor("L0A", (32, 32), "float16"), core.LocalTensor("L0B", (32, 32), "float16"), core.LocalTensor("L0C", (32, 32), "float32")
+            core.CrossCoreWaitFlag(0, "MTE1")
+            core.LoadData(a, l1)
+            core.LoadData(b, l1)
+            core.PipeBarrier("ALL")
+            core.Mmad(c, a, b)
+            core.PipeBarrier("ALL")
+            core.Fixpipe(out, c)
+            return
+        if core.GetSubBlockIdx() == 0:
+            ub = core.LocalTensor("UB", (32, 32), "float16")
+            core.DataCopy(ub, x)
+            core.PipeBarrier("ALL")
+            core.Muls(ub, ub, 2.0)
+            core.PipeBarrier("ALL")
+            core.DataCopy(l1, ub)
+        core.CrossCoreSetFlag(2, "MTE3", 0)
+
+    launch(kernel, A5, x, out, unit="MIX")
+    doubled = 2 * x.astype(np.float32)
+    np.testing.assert_allclose(out, doubled @ doubled, rtol=1e-5, atol=1e-3)
+    with pytest.raises(IllegalPath, match="AIC reaches no UB here: it has 0 other cores beside it; launch with unit MIX"):
+        launch(lambda core: core.LocalTensor("UB", 16, "float16"), A5)
+
+
 def test_without_the_flag_the_950_reads_too_early(random: np.random.Generator) -> None:
     a, out = random.standard_normal((32, 32)).astype(np.float16), np.zeros((32, 32), np.float32)
 

@@ -52,19 +52,26 @@ def replace(file: Path, content: bytes) -> None:
 
 
 def pack(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights as "model.<name>" and optimizer state as "optimizer.<name>.<key>"; a tied table is there once."""
-    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
+    """Weights and buffers as "model.<name>", optimizer state as "optimizer.<name>.<key>"; a tied table is there once."""
+    tensors = {f"model.{name}": tensor for name, tensor in kept(model).items()}
     for name, p in model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items()}
     return tensors
 
 
+def kept(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What training changes in a model, by name: parameters, and buffers such as the bias that balances experts."""
+    names = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in names}
+
+
 @torch.no_grad()
 def unpack(tensors: dict[str, Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put what `pack` took back into a model, and an optimizer, of the same shape on any device."""
-    for name, p in model.named_parameters():
-        p.copy_(tensors[f"model.{name}"])
-        if optimizer is not None:
+    for name, tensor in kept(model).items():
+        tensor.copy_(tensors[f"model.{name}"])
+    if optimizer is not None:
+        for name, p in model.named_parameters():
             prefix = f"optimizer.{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             optimizer.state[p] = {key: value.to(p.device) for key, value in state.items()}

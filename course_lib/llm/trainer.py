@@ -121,11 +121,14 @@ class Trainer:
         for _ in range(self.settings.accumulate):
             tokens, targets = (rows.to(self.device) for rows in self.batches.draw())  # (B, T) each
             loss = self.model(tokens, targets) / self.settings.accumulate  # scalar
-            loss.backward()
+            aside = self.model.aside  # scalar
+            (loss if aside is None else loss + aside / self.settings.accumulate).backward()
             losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for experts in self.model.experts():
+            experts.balance()
         return sum(losses)
 
     def run(self, steps: int | None = None, every: int = 10) -> Iterator[Step]:

@@ -182,7 +182,8 @@ def _multiply(dst: LocalTensor, a: LocalTensor, b: LocalTensor, init: bool, bias
     if a.dtype == "int8":  # exact in float64: 2^53 is beyond any sum of products of bytes that fits L0
         product = (a.matrix().astype(np.float64) @ b.matrix().astype(np.float64)).astype(np.int32)
     else:
-        product = decode(a.matrix(), a.dtype) @ decode(b.matrix(), b.dtype)
+        rows = decode(a.matrix(), a.dtype).reshape(-1, ROWS, a.shape[1])  # so little at a time that BLAS starts no threads
+        product = (rows @ decode(b.matrix(), b.dtype)).reshape(dst.shape)
     if bias is not None:
         product = product + decode(bias.matrix(), bias.dtype)
     dst.put(product if init else dst.matrix() + product)

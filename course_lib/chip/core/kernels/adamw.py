@@ -1,11 +1,11 @@
 """AdamW as one kernel: four vectors in, three out, and everything between them in UB.
 
-    run = launch(adamw, "ascend-910b2", p, g, m, v, unit="AIV", blocks=48, step=1) — step and the rest by functools.partial
+    run = launch(partial(adamw, step=1), "ascend-910b2", p, g, m, v, unit="AIV", blocks=48)
 
     m = β1 m + (1 − β1) g          v = β2 v + (1 − β2) g²
     p = p (1 − lr · decay) − lr · (m / (1 − β1^t)) / (sqrt(v / (1 − β2^t)) + eps)
 
-An optimizer step is about 15 vector operations an element. Each as a kernel of its own would carry 8 or 12 bytes an
+An optimizer step is a dozen vector operations an element. Each as a kernel of its own would carry 8 or 12 bytes an
 element through HBM every time; fused, it is 28 bytes once, and memory alone decides how long it takes.
 """
 

@@ -7,6 +7,8 @@ once and stay in UB, so a row costs its own bytes in and out and nothing else. R
 reduction and one pass over the row less, which is why large language models took to it (arXiv 1910.07467).
 """
 
+from collections.abc import Callable
+
 from course_lib.chip.core.buffers import BLOCK, GlobalTensor, LocalTensor
 from course_lib.chip.core.isa import Core
 from course_lib.chip.core.kernels.tiles import mine, pieces
@@ -51,7 +53,7 @@ def _divide_by_rms(
     core.Div(part, part, column)
 
 
-def _rows(core: Core, x: GlobalTensor, parameters: list[GlobalTensor], out: GlobalTensor, rows: int, normalise: object) -> None:
+def _rows(core: Core, x: GlobalTensor, parameters: list[GlobalTensor], out: GlobalTensor, rows: int, normalise: Callable) -> None:
     """Fetch ``rows`` rows, normalise them, weight each by the parameters (the first multiplies), write them out."""
     cols, dtype = x.shape[1], x.dtype
     table = [core.LocalTensor("UB", (rows, cols), dtype) for _ in range(2)]

@@ -78,42 +78,43 @@ def double_buffered(core: Core, a: GlobalTensor, b: GlobalTensor, out: GlobalTen
 
 
 def k_split(
-    core: Core, a: GlobalTensor, b: GlobalTensor, out: GlobalTensor, tile: Tile | None = None, corners: list | None = None
+    core: Core, a: GlobalTensor, b: GlobalTensor, out: GlobalTensor, tile: Tile | None = None, parts: list | None = None
 ) -> None:
     """L1 is larger than L0: it now holds ``tile.l1_k`` along k, which L0 takes in steps of ``tile.k``.
 
     A longer transfer hides the latency of GM behind itself, which matters as long as one step along k is the shorter of
-    the two. ``corners``: the tiles of ``out`` to make; all, if None.
+    the two. ``parts``: (rows of a, columns of b, tile of out) to make, one after another; all of out, if None.
     """
     tile = tile or largest(a.dtype)
     l1_a, l1_b, l0_a, l0_b, l0_c = _buffers(core, a.dtype, tile, halves=2, l1_k=tile.l1_k)
     frees = {"MTE1_MTE2": 2, "M_MTE1": 2, "FIX_M": tile.accumulators}
     _set(core, frees)
     half = l0 = acc = 0
-    for i, j in _corners(a, b, tile) if corners is None else corners:
+    for left, right, result in tiles_of(a, b, out, tile) if parts is None else parts:
+        m, n = up(left.shape[0]), up(right.shape[1], fractal(a.dtype))
         core.WaitFlag("FIX_M", acc)
-        for k, depth in pieces(a.shape[1], tile.l1_k):
-            m, n, deep = _sizes(a, b, tile, i, j, depth)
+        for k, depth in pieces(left.shape[1], tile.l1_k):
+            deep = up(depth, fractal(a.dtype))
             core.WaitFlag("MTE1_MTE2", half)
-            core.DataCopy(l1_a[half][:m, :deep], a[i : i + tile.m, k : k + depth])
-            core.DataCopy(l1_b[half][:deep, :n], b[k : k + depth, j : j + tile.n])
+            core.DataCopy(l1_a[half][:m, :deep], left[:, k : k + depth])
+            core.DataCopy(l1_b[half][:deep, :n], right[k : k + depth])
             core.SetFlag("MTE2_MTE1", half)
             core.WaitFlag("MTE2_MTE1", half)
             for at, size in pieces(deep, tile.k):
                 core.WaitFlag("M_MTE1", l0)
-                left, right = l0_a[l0].as_shape(m, size), l0_b[l0].as_shape(size, n)
-                core.LoadData(left, l1_a[half][:m, at : at + size])
-                core.LoadData(right, l1_b[half][at : at + size, :n])
+                x, y = l0_a[l0].as_shape(m, size), l0_b[l0].as_shape(size, n)
+                core.LoadData(x, l1_a[half][:m, at : at + size])
+                core.LoadData(y, l1_b[half][at : at + size, :n])
                 core.SetFlag("MTE1_M", l0)
                 core.WaitFlag("MTE1_M", l0)
-                core.Mmad(l0_c[acc].as_shape(m, n), left, right, init=k + at == 0)
+                core.Mmad(l0_c[acc].as_shape(m, n), x, y, init=k + at == 0)
                 core.SetFlag("M_MTE1", l0)
                 l0 = 1 - l0
             core.SetFlag("MTE1_MTE2", half)
             half = 1 - half
         core.SetFlag("M_FIX", acc)
         core.WaitFlag("M_FIX", acc)
-        core.Fixpipe(out[i : i + tile.m, j : j + tile.n], l0_c[acc].as_shape(m, n))
+        core.Fixpipe(result, l0_c[acc].as_shape(m, n))
         core.SetFlag("FIX_M", acc)
         acc = (acc + 1) % tile.accumulators
     _wait(core, frees)
@@ -132,7 +133,7 @@ def matmul(
     What the cores fetch at one time is then nearer to a square of tiles, which has the least edge: more of it is in L2.
     """
     tile = tile or largest(a.dtype)
-    k_split(core, a, b, out, tile, mine(core, _corners(a, b, tile, group)))
+    k_split(core, a, b, out, tile, mine(core, tiles_of(a, b, out, tile, group)))
 
 
 # -- what the steps have in common --------------------------------------------------------------------
@@ -155,6 +156,14 @@ def _corners(a: GlobalTensor, b: GlobalTensor, tile: Tile, group: int = 1) -> li
     """First row and column of every tile of the result, in order."""
     rows, cols = -(-a.shape[0] // tile.m), -(-b.shape[1] // tile.n)
     return [(row * tile.m, col * tile.n) for row, col in order(rows, cols, group)]
+
+
+def tiles_of(
+    a: GlobalTensor, b: GlobalTensor, out: GlobalTensor, tile: Tile, group: int = 1
+) -> list[tuple[GlobalTensor, GlobalTensor, GlobalTensor]]:
+    """(rows of a, columns of b, tile of out) for every tile of the result, in order."""
+    corners = _corners(a, b, tile, group)
+    return [(a[i : i + tile.m], b[:, j : j + tile.n], out[i : i + tile.m, j : j + tile.n]) for i, j in corners]
 
 
 def _sizes(a: GlobalTensor, b: GlobalTensor, tile: Tile, i: int, j: int, depth: int) -> tuple[int, int, int]:

@@ -5,13 +5,23 @@ import math
 import pytest
 
 from course_lib.lessons.check.lesson00 import check_addition_seconds, check_product_flops, check_training_bytes
+from course_lib.lessons.check.lesson04 import (
+    check_idle_share,
+    check_product_seconds,
+    check_ridge_point,
+    check_rows_to_fill,
+)
 from course_lib.lessons.check.lesson06 import check_learning_rate, check_mfu, check_tile_efficiency
-from course_lib.lessons.solutions import lesson00, lesson06
+from course_lib.lessons.solutions import lesson00, lesson04, lesson06
 
 CHECKS = {
     check_product_flops: lesson00.product_flops,
     check_addition_seconds: lesson00.addition_seconds,
     check_training_bytes: lesson00.training_bytes,
+    check_ridge_point: lesson04.ridge_point,
+    check_product_seconds: lesson04.product_seconds,
+    check_rows_to_fill: lesson04.rows_to_fill,
+    check_idle_share: lesson04.idle_share,
     check_learning_rate: lesson06.learning_rate,
     check_mfu: lesson06.mfu_causal,
     check_tile_efficiency: lesson06.tile_efficiency,
@@ -29,6 +39,26 @@ MISTAKES = [
     (check_training_bytes, lambda n: 8 * n, "AdamW also remembers"),
     (check_training_bytes, lambda n: 12 * n, "the gradient, or one"),  # forgot the gradient
     (check_training_bytes, lambda n: 128 * n, "not bits"),
+    (check_ridge_point, lambda c, f, macs, b: c * f * macs / b, "two operations"),
+    (check_ridge_point, lambda c, f, macs, b: f * 2 * macs / b, "all cores"),
+    (check_ridge_point, lambda c, f, macs, b: b / (c * f * 2 * macs), "upside down"),
+    (check_ridge_point, lambda c, f, macs, b: c * f * 2 * macs / (b / 1e12), "not in TB/s"),  # units
+    (check_product_seconds, lambda m, k, n, s, p, b: 2 * m * k * n / p, "bytes have to arrive"),
+    (check_product_seconds, lambda m, k, n, s, p, b: s * (m * k + k * n + m * n) / b, "the cube needs its time"),
+    (
+        check_product_seconds,
+        lambda m, k, n, s, p, b: 2 * m * k * n / p + s * (m * k + k * n + m * n) / b,
+        "at the same time",
+    ),
+    (check_product_seconds, lambda m, k, n, s, p, b: max(2 * m * k * n / p, s * (m * k + k * n) / b), "written, too"),
+    (check_product_seconds, lambda m, k, n, s, p, b: max(2 * m * k * n / p, (m * k + k * n + m * n) / b), "in bytes"),
+    (check_rows_to_fill, lambda p, b, s: p / b, "the ridge in FLOP/B"),
+    (check_rows_to_fill, lambda p, b, s: s * p / b, "two operations"),
+    (check_rows_to_fill, lambda p, b, s: 2 * p / (s * b), "wider weights"),
+    (check_idle_share, lambda m, n, a, b, c: 1 - lesson04.idle_share(m, n, a, b, c), "that works"),
+    (check_idle_share, lambda m, n, a, b, c: 1 - math.ceil(m / a) * math.ceil(n / b) % c / c, "last wave alone"),
+    (check_idle_share, lambda m, n, a, b, c: 100 * lesson04.idle_share(m, n, a, b, c), "not a percentage"),
+    (check_idle_share, lambda m, n, a, b, c: 1 - m * n / (a * b * c * math.ceil(m * n / (a * b * c))), "count tiles"),
     (check_learning_rate, lambda s, n, w, top: top, "the rate falls"),
     (
         check_learning_rate,

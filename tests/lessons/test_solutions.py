@@ -5,6 +5,12 @@ import math
 import pytest
 
 from course_lib.lessons.check.lesson00 import check_addition_seconds, check_product_flops, check_training_bytes
+from course_lib.lessons.check.lesson01 import (
+    check_attention_flops,
+    check_expert_flops,
+    check_intensity,
+    check_multiplying,
+)  # fmt: skip
 from course_lib.lessons.check.lesson04 import (
     check_idle_share,
     check_product_seconds,
@@ -12,7 +18,7 @@ from course_lib.lessons.check.lesson04 import (
     check_rows_to_fill,
 )
 from course_lib.lessons.check.lesson06 import check_learning_rate, check_mfu, check_tile_efficiency
-from course_lib.lessons.solutions import lesson00, lesson04, lesson06
+from course_lib.lessons.solutions import lesson00, lesson01, lesson04, lesson06
 
 CHECKS = {
     check_product_flops: lesson00.product_flops,
@@ -22,6 +28,10 @@ CHECKS = {
     check_product_seconds: lesson04.product_seconds,
     check_rows_to_fill: lesson04.rows_to_fill,
     check_idle_share: lesson04.idle_share,
+    check_attention_flops: lesson01.attention_flops,
+    check_multiplying: lesson01.multiplying,
+    check_expert_flops: lesson01.expert_flops,
+    check_intensity: lesson01.intensity,
     check_learning_rate: lesson06.learning_rate,
     check_mfu: lesson06.mfu_causal,
     check_tile_efficiency: lesson06.tile_efficiency,
@@ -59,6 +69,28 @@ MISTAKES = [
     (check_idle_share, lambda m, n, a, b, c: 1 - math.ceil(m / a) * math.ceil(n / b) % c / c, "last wave alone"),
     (check_idle_share, lambda m, n, a, b, c: 100 * lesson04.idle_share(m, n, a, b, c), "not a percentage"),
     (check_idle_share, lambda m, n, a, b, c: 1 - m * n / (a * b * c * math.ceil(m * n / (a * b * c))), "count tiles"),
+    (check_attention_flops, lambda T, H, K: 4 * H * K * T * T, "no later keys"),
+    (check_attention_flops, lambda T, H, K: 2 * H * K * T * T, "a token also sees itself"),
+    (check_attention_flops, lambda T, H, K: 2 * H * K * T * (T - 1), "a token also sees itself"),
+    (check_attention_flops, lambda T, H, K: H * K * T * (T + 1), "two products"),
+    (check_attention_flops, lambda T, H, K: 2 * K * T * (T + 1), "one head"),
+    (check_multiplying, lambda L, D, H, G, K, F, V: lesson01.multiplying(L, D, H, G, K, F, 2 * V), "is a lookup"),
+    (
+        check_multiplying,
+        lambda L, D, H, G, K, F, V: lesson01.multiplying(L, D, H, G, K, F, 0),
+        "unembedding multiplies",
+    ),
+    (check_multiplying, lambda L, D, H, G, K, F, V: lesson01.multiplying(L, D, H, H, K, F, V), "not heads"),
+    (check_multiplying, lambda L, D, H, G, K, F, V: L * (4 * D * D + 2 * D * F) + V * D, "gate, up and down"),
+    (check_multiplying, lambda L, D, H, G, K, F, V: 2 * lesson01.multiplying(L, D, H, G, K, F, V), "that is FLOPs"),
+    (check_expert_flops, lambda D, F, E, k, s: 6 * D * F * (E + s) + 2 * E * D, "a token meets a few"),
+    (check_expert_flops, lambda D, F, E, k, s: 6 * D * F * (k + s), "the router is a product"),
+    (check_expert_flops, lambda D, F, E, k, s: 6 * D * F * k + 2 * E * D, "for every token"),
+    (check_expert_flops, lambda D, F, E, k, s: 4 * D * F * (k + s) + 2 * E * D, "three matrices"),
+    (check_intensity, lambda T, m, n, size: T * m * n / size / (T * m + m * n + T * n), "2 FLOPs"),
+    (check_intensity, lambda T, m, n, size: 2 * T * m * n / (T * m + m * n + T * n), "not per number"),
+    (check_intensity, lambda T, m, n, size: 2 * T / size, "they are bytes too"),
+    (check_intensity, lambda T, m, n, size: 2 * T * m * n / size / (T * m + m * n), "has to be written"),
     (check_learning_rate, lambda s, n, w, top: top, "the rate falls"),
     (
         check_learning_rate,

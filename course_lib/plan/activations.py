@@ -21,6 +21,8 @@ from course_lib.plan.model import Model
 
 CHECKPOINTING = ("none", "selective", "full")
 STATISTIC = 4  # bytes: a norm's 1/rms or mean, a softmax row's log-sum, always float32
+LANES = 8  # npu_fusion_attention stores a row's number eight times, as 32 bytes
+INDEX = 8  # bytes of a place in a list, int64
 MASK = 1  # byte of a dropout mask's element
 Bytes = dict[str, Number]  # by operator
 
@@ -36,18 +38,16 @@ class Item:
     elements: int
     size: int | None = None
     pairs: bool = False
+    fixed: bool = False  # once, however many tokens
     core: bool = False
     split: bool = False
 
     def bytes(self, batch: Number, tokens: Number, element: int, tensor: Number, sequence_parallel: bool) -> Number:
         """Of one layer, for B sequences of T tokens, on one of ``tensor`` ranks."""
-        whole = (
-            self.elements
-            * (element if self.size is None else self.size)
-            * batch
-            * tokens
-            * (tokens if self.pairs else 1)
-        )
+        whole = self.elements * (element if self.size is None else self.size)
+        if self.fixed:
+            return whole
+        whole = whole * batch * tokens * (tokens if self.pairs else 1)
         return _share(whole, tensor) if self.split or sequence_parallel else whole
 
 
@@ -59,13 +59,13 @@ def of_layer(
 
     ``element``: bytes of an activation, 2 or 4. ``attention``: "flash" keeps a row's log-sum, "plain" the T × T scores;
     default: flash for gated models, plain for GELU models, as their formula has it. ``layer``: which one, where they
-    differ. Latent attention and experts are counted like the rest but not held by execution: an estimate, with balanced
-    experts. ValueError for compressed attention, which is not modelled.
+    differ. Latent attention and experts are those of the course's model: a router in float32, groups not padded.
+    ValueError for compressed attention, which is not modelled.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing is {checkpointing!r}; use one of {', '.join(CHECKPOINTING)}")
     B, T, t = exact(batch), exact(tokens), exact(tensor)
-    items = list(_items(model, range(model.layers)[layer], attention))
+    items = list(_items(model, range(model.layers)[layer], attention, element))
     if checkpointing == "full":
         items = items[:1]  # the layer's input
     if checkpointing == "selective":
@@ -134,7 +134,7 @@ def layers_held(layers: Number, pipeline: Number = 1, virtual: Number = 1) -> Nu
 # -- what each operator keeps -------------------------------------------------------------------------------
 
 
-def _items(model: Model, layer: int, attention: str | None) -> Iterator[Item]:
+def _items(model: Model, layer: int, attention: str | None, element: int) -> Iterator[Item]:
     if attention not in (None, "flash", "plain"):
         raise ValueError(f"attention is {attention!r}; use 'flash' or 'plain'")
     if model.compressed:
@@ -148,7 +148,9 @@ def _items(model: Model, layer: int, attention: str | None) -> Iterator[Item]:
     yield from _latent(model) if model.latent else _heads(model)
     wide = model.heads * (model.latent.value if model.latent else model.head_width)
     if (attention or "flash") == "flash":
-        yield Item("attention statistics", model.heads, STATISTIC, core=True, split=True)
+        unequal = model.latent is not None and model.latent.nope + model.latent.rope != model.latent.value
+        statistics = model.heads * (2 * LANES if unequal else 1)  # npu_fusion_attention keeps maximum and sum, by lanes
+        yield Item("attention statistics", statistics, STATISTIC, core=True, split=True)
         yield Item(
             "attention result", wide, core=True, split=True
         )  # as flash attention's backward reads it, by heads …
@@ -157,7 +159,7 @@ def _items(model: Model, layer: int, attention: str | None) -> Iterator[Item]:
     yield Item("output input", wide, split=True)  # … and as the next product reads it, by tokens: a copy
     yield from _norm(model, "feed-forward norm")
     sparse = model.experts is not None and layer >= model.experts.first_dense
-    yield from _experts(model) if sparse else _swiglu("SwiGLU", model.feed_forward)
+    yield from _experts(model, element) if sparse else _swiglu("SwiGLU", model.feed_forward)
 
 
 def _norm(model: Model, name: str) -> Iterator[Item]:
@@ -178,11 +180,11 @@ def _latent(model: Model) -> Iterator[Item]:
     if a.query_rank:
         yield Item("query latent", 2 * a.query_rank)  # before and after its norm
         yield Item("latent statistics", 1, STATISTIC)
-    yield Item("latent", 2 * a.rank + a.rope)  # before and after its norm, and the rotated part
+    yield Item("latent", 2 * (a.rank + a.rope))  # before norm and rotation, and after: what a cache would hold
     yield Item("latent statistics", 1, STATISTIC)
     yield Item("query", H * (a.nope + a.rope), split=True)
     yield Item("key", H * (a.nope + a.rope), split=True)
-    yield Item("value", H * a.value, split=True)
+    yield Item("value", H * (a.nope + a.value), split=True)  # a part of the expanded latents, which live on with it
 
 
 def _swiglu(name: str, F: int) -> Iterator[Item]:
@@ -192,9 +194,18 @@ def _swiglu(name: str, F: int) -> Iterator[Item]:
     yield Item(f"{name} product", F, split=True)
 
 
-def _experts(model: Model) -> Iterator[Item]:
+def _experts(model: Model, element: int) -> Iterator[Item]:
+    """A router in float32, tokens sorted by expert, grouped products, results put back and weighted."""
     D, e = model.width, model.experts
+    if element != STATISTIC:
+        yield Item("router input", D, STATISTIC)  # in float32, as its weight, beside the copies in 16 bits
+        yield Item("router weight", e.routed * D, STATISTIC, fixed=True)
     yield Item("router scores", e.routed, STATISTIC)
+    yield Item("experts' weights", 1 + e.active, STATISTIC)  # each, and their sum, by which they are divided
+    yield Item("experts' weights divided", e.active)
+    yield Item("experts chosen", e.active, INDEX)
+    yield Item("order of tokens", 2 * e.active, INDEX)  # there and back
+    yield Item("ends of experts", e.routed, 4, fixed=True)
     yield Item("dispatched tokens", e.active * D, split=True)
     yield from _swiglu("experts", e.active * e.width)
     yield Item("expert results", e.active * D, split=True)  # each is weighted before the sum

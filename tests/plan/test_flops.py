@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from course_lib import npu, plan
 from course_lib.llm import model as llm
-from course_lib.llm.config import Config, preset
+from course_lib.llm.config import PRESETS, Config, preset
 from course_lib.plan import flops
 
 LARGE = ["llama-2-7b", "llama-2-70b", "llama-3-8b", "llama-3-405b"]
@@ -131,6 +131,23 @@ def test_decode_of_a_large_model_without_numbers(shape_only) -> None:
     with npu.ledger() as ledger:
         made(rows[:, 4095:], cache=cache)
     assert ledger.totals().cube_flops == flops.total(flops.forward(model, 16, 1, context=4096))
+
+
+V3 = [name for name in PRESETS if name.endswith("-v3")]  # latent attention, experts, multi-token prediction
+
+
+@pytest.mark.parametrize("name", V3)
+def test_the_courses_model_with_latent_attention_and_experts(name: str) -> None:
+    """Logits only: the loss would add multi-token prediction, of one token less."""
+    model, made = plan.load_model(f"course-{name}"), llm.Transformer(preset(name, 512)).to("npu")
+    with npu.ledger() as ledger:
+        made(torch.zeros(2, 48, dtype=torch.long, device="npu")).sum().backward()
+    assert cube(ledger, "forward") == flops.total(flops.forward(model, 2, 48))
+    assert cube(ledger, "backward") == flops.total(flops.backward(model, 2, 48))
+    n, buffers = plan.count(model), sum(b.numel() for key, b in made.named_buffers() if key.endswith("router.bias"))
+    assert n.total + n.mtp == made.num_parameters() + buffers
+    for convention in llm.CONVENTIONS:
+        assert flops.per_token(model, convention, 63, mtp=True) == made.flops_per_token(convention, 63)
 
 
 # -- PyTorch's counter --------------------------------------------------------------------------------------

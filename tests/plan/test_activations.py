@@ -48,7 +48,8 @@ def test_what_autograd_saves_of_the_courses_model(name: str, element: int, batch
 def test_latent_attention_and_experts(name: str, element: int) -> None:
     """Logits only, for the loss would bring in multi-token prediction."""
     npu.use("ascend-910b2")
-    model, made = plan.load_model(f"course-{name}"), llm.Transformer(preset(name, 512)).to(DTYPES[element]).to("npu")
+    model = plan.load_model(f"course-{name}")
+    made = llm.Transformer(preset(name, 512)).to(DTYPES[element]).to("npu")
     ends = activations.of_ends(model, 2, 48, element)
     loss = ends["log-probabilities"] + ends["sum of the targets' weights"]
     found = saved_by(made, torch.zeros(2, 48, dtype=torch.long, device="npu"))

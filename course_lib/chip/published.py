@@ -50,10 +50,10 @@ class Row:
 
 
 @cache
-def rows() -> tuple[Row, ...]:
-    """All rows, computed."""
+def rows(*beginnings: str) -> tuple[Row, ...]:
+    """All rows, or those whose names begin with one of ``beginnings``, computed."""
     text = data.path("published", "kernels.toml").read_text(encoding="utf-8")
-    return tuple(_row(entry) for entry in tomllib.loads(text)["row"])
+    return tuple(_row(entry) for entry in tomllib.loads(text)["row"] if entry["name"].startswith(beginnings or ""))
 
 
 def median_error(of: tuple[Row, ...] | None = None) -> float:

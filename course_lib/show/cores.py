@@ -61,11 +61,11 @@ def pipes(
     start, end = window or (0, run.cycles)
     shown = lanes(run, cores, start, end)
     several = len({lane.core for lane in shown}) > 1
-    with style.figure(height=1.6 + 0.5 * len(shown)) as (fig, ax):
+    with style.figure(height=1.75 + 0.5 * len(shown)) as (fig, ax):
         kinds = [kind for place, lane in enumerate(shown) for kind in _draw(ax, place, lane, end - start)]
         names = [f"{lane.core} {lane.pipe}" if several else f"{lane.pipe}  {DOES[lane.pipe]}" for lane in shown]
         ax.set_yticks(range(len(shown)), names)
-        ax.set(xlim=(start, end), ylim=(len(shown) - 0.45, -0.55), xlabel="cycles")
+        ax.set(xlim=(start, end), ylim=(len(shown) - 0.5, -0.85), xlabel="cycles")
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         ax.xaxis.set_major_locator(MaxNLocator(TICKS, min_n_ticks=3))
         us = 1e6 / run.chip.require("cube_clock")
@@ -193,7 +193,7 @@ def _shares(ax: Axes, shown: list[Lane]) -> None:
         weight = "bold" if lane is most else "normal"
         label.set_fontweight(weight)
         ax.text(1.012, place, f"{lane.share:.0%}", transform=ax.get_yaxis_transform(), va="center", fontweight=weight)
-    ax.text(1.012, 1.035, "busy", transform=ax.transAxes, va="bottom")
+    ax.text(1.012, -0.6, "busy", transform=ax.get_yaxis_transform(), va="center", fontsize=12)
 
 
 def _legend(fig: Figure, kinds: list[str]) -> None:

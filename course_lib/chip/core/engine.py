@@ -158,11 +158,11 @@ class Engine:
     def _store(self, pipe: Pipe, instruction: Instruction, start: int) -> int:
         """Cycle in which the bytes have passed into L2, which writes them back whenever HBM has nothing to read."""
         target = instruction.gm
-        self.l2.write(target, instruction.writes[0])
-        self.hbm_bytes += target.bytes
+        back = self.l2.write(target, instruction.writes[0])
+        self.hbm_bytes += back
         start = max(start, self.write_free[pipe.port])
         self._idle_hbm(start)
-        self.owed += self.rules.hbm(0, target.bytes)
+        self.owed += self.rules.hbm(0, back)
         end = self.write_free[pipe.port] = start + instruction.cycles
         return end
 

@@ -22,6 +22,7 @@ class L2:
     def __init__(self, capacity: int) -> None:
         self.capacity, self.used, self.hits, self.bytes = capacity, 0, 0, 0
         self.there: OrderedDict[int, int] = OrderedDict()  # piece → mask; the one used longest ago first
+        self.dirty: dict[int, int] = {}  # piece → mask of sectors that were written
         self.numbers: dict[tuple, int] = {}
         self.sizes: list[int] = []
         self.known: dict[Region, tuple[list[Piece], int, int]] = {}  # region → its pieces, sectors, bytes of a sector
@@ -44,16 +45,21 @@ class L2:
         self.hits, self.bytes = self.hits + hit, self.bytes + source.bytes
         return hit, missed * sector
 
-    def write(self, target: GlobalTensor, region: Region) -> None:
-        """``target`` passes through, and stays until it is thrown out."""
-        there = self.there
-        for piece, mask in (self.known.get(region) or self._pieces(target, region))[0]:
+    def write(self, target: GlobalTensor, region: Region) -> int:
+        """``target`` stays until it is thrown out. Bytes to write back, without what waits for that already."""
+        there, dirty, more = self.there, self.dirty, 0
+        pieces, _, sector = self.known.get(region) or self._pieces(target, region)
+        for piece, mask in pieces:
+            before = dirty.get(piece, 0)
+            more += (mask & ~before).bit_count()
+            dirty[piece] = before | mask
             old = there.get(piece)
             if old is None:
                 self._keep(piece, mask)
             else:
                 there.move_to_end(piece)
                 there[piece] = old | mask
+        return min(more * sector, target.bytes)
 
     def _keep(self, piece: int, mask: int) -> None:
         self.there[piece] = mask
@@ -61,6 +67,7 @@ class L2:
         while self.used > self.capacity:
             oldest, _ = self.there.popitem(last=False)
             self.used -= self.sizes[oldest]
+            self.dirty.pop(oldest, None)
 
     def _pieces(self, tensor: GlobalTensor, region: Region) -> tuple[list[Piece], int, int]:
         """The pieces that ``tensor``, a rectangle of a matrix or a part of a vector, touches."""

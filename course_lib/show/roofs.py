@@ -17,7 +17,7 @@ from course_lib.chip import ChipSpec, Matmul, UnknownFigure, Work, cost
 from course_lib.chip.figures import DTYPES
 from course_lib.npu.ledger import Ledger, Record
 from course_lib.show import style
-from course_lib.show.units import LARGE, quantity
+from course_lib.show.units import LARGE, quantity, three_digits
 
 PS_PER_S = 10**12
 SIDE = 8192  # of a product so large that nothing but its tiles counts
@@ -133,7 +133,7 @@ def roofline(
     drawn = [point for point in placed if point.drawn]
     low = min([roofs.ridge / 2000, *(point.intensity / 2 for point in drawn)])
     high = max([60 * roofs.ridge, *(40 * point.intensity for point in drawn)])
-    floor = min([low * roofs.memory, *(point.rate / 3 for point in drawn)])
+    floor = min([low * roofs.memory, *(point.rate / 8 for point in drawn)])
     with style.figure(height=5.8) as (fig, ax):
         top = max([12 * roofs.cube] if not rivals else [4 * rival.cube for rival in [roofs, *rivals]])
         ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(floor, top))
@@ -167,7 +167,7 @@ def sentence(roofs: Roofs, placed: Sequence[Point], rivals: Sequence[Roofs] = ()
             bounds[point.bound] += point.share
         parts = [f"{name} {quantity(share, '%')}" for name, share in sorted(bounds.items(), key=lambda item: -item[1])]
         largest = [
-            f"{point.name} at {point.intensity:,.3g} FLOP/B and {quantity(point.rate, 'FLOP/s')}"
+            f"{point.name} at {three_digits(point.intensity)} FLOP/B and {quantity(point.rate, 'FLOP/s')}"
             for point in [point for point in placed if point.drawn][:3]
         ]
         unplaced = sum(point.share for point in placed if not point.drawn)

@@ -9,15 +9,17 @@ host link)`` and is bound by the largest; by "launch" where that exceeds them al
   for large products; where not even that is known, by tiles or by the published peak, which is the least it can take.
 * **Vector.** An elementwise operation is one instruction per 256 bytes. The rate in data sheets counts a fused
   multiply-add as two; only products are made of those, so half of it is what other operations can get.
+* **Exchange.** What cube and vector unit hand each other passes the port through which the products load too, so its
+  time adds to theirs. Operands and results of such products stay in L2.
 * **Memory.** Reading goes at the width of the cores' ports or of HBM, whichever is less; a byte written holds HBM longer
-  than one read, for HBM turns round between them: by as much as makes a copy reach its measured share.
+  than one read, for HBM turns round between them: by as much as makes a copy reach its measured share. On a chip whose
+  core is known, an operator without products also takes its first load and its last store, see `_Rates.stream_ps`.
 
 ``vector_flops`` count arithmetic operations in products and elsewhere, so that in a table they add up. Results are
 whole picoseconds, rounded up, and the same on every machine.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil
 from operator import itemgetter
 
@@ -30,6 +32,7 @@ PICO = 10**12
 MICRO = 10**6
 FLOP_PER_INSTRUCTION = 2  # of a vector lane in published rates, which are of fused multiply-adds
 THREAD_BLOCKS = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128))  # tiles of the result on chips that go by waves
+MOST, MOST_CHIPS = 100_000, 256  # remembered costs of one chip, and chips
 _time = itemgetter(0)
 
 
@@ -93,13 +96,22 @@ def cost(spec: ChipSpec, work: Work) -> Cost:
 
     Raises UnsupportedDtype for a product in a dtype the chip lacks, UnknownFigure where the chip's file lacks a rate.
     """
-    rates = _rates(spec)
+    rates = _RATES.get(id(spec)) or _remember(spec)
+    known = rates.costs.get(work)
+    if known is None:
+        known = rates.costs[work] = _reckon(rates, work)
+        if len(rates.costs) > MOST:
+            rates.costs.clear()
+    return known
+
+
+def _reckon(rates: "_Rates", work: Work) -> Cost:
     cube_flops, vector_flops, moved = 0, work.vector_flops, work.bytes_read + work.bytes_written
     cube_ps = product_ps = longest = 0
     vector_ps = rates.vector_ps(vector_flops, work.vector_dtype) if vector_flops else 0
     limit = "cube"
     for product in work.matmuls:
-        flops, done = 2 * product.batch * product.m * product.k * product.n, rates.product(product)
+        flops, done = 2 * product.batch * product.m * product.k * product.n, rates.product(product, work.exchanged > 0)
         if done.on_vector:
             vector_flops, vector_ps = vector_flops + flops, vector_ps + done.ps
             continue
@@ -108,12 +120,13 @@ def cost(spec: ChipSpec, work: Work) -> Cost:
             longest, limit = done.ps, done.bound
     if work.exchanged:
         exchange_ps = rates.exchange_ps(work.exchanged)
-        if exchange_ps > product_ps:
-            product_ps, limit = exchange_ps, "L2"
+        product_ps, limit = product_ps + exchange_ps, "L2" if exchange_ps > product_ps else limit
     memory_ps = rates.memory_ps(work.bytes_read, work.bytes_written) if moved else 0
-    host_link_ps = -(-work.link_bytes * PICO // spec.require("host_bandwidth")) if work.link_bytes else 0
+    host_link_ps = -(-work.link_bytes * PICO // rates.spec.require("host_bandwidth")) if work.link_bytes else 0
     parts = ((product_ps, limit), (vector_ps, "vector"), (memory_ps, "memory"), (host_link_ps, "host link"))
     busy_ps, bound = max(parts, key=_time)
+    if moved and not work.matmuls and rates.core:
+        busy_ps = max(busy_ps, rates.stream_ps(work.bytes_read, work.bytes_written, vector_ps))
     ps = rates.launch_ps + busy_ps
     return Cost(
         ps, "launch" if rates.launch_ps > busy_ps else bound, cube_flops, vector_flops, moved, cube_ps, vector_ps,
@@ -136,12 +149,14 @@ class _Rates:
 
     def __init__(self, spec: ChipSpec) -> None:
         self.spec = spec
+        self.costs: dict[Work, Cost] = {}
         self.launch_ps = round(spec.require("launch_device") * PICO)
         self.core = _core(spec)
         value = spec.figures.value
         self._microwatts = None if spec.busy_power is None else round(spec.busy_power * MICRO)
         self._read_share, self._copy_share = value("efficiency.memory_read") or 1, value("efficiency.memory_copy") or 1
         self._write_weight = 2 / self._copy_share - 1 / self._read_share  # copies then reach their measured share
+        self.store = min(self.core.l2_write, spec.require("paths.ub_gm")) if self.core else 0
         self._vector: dict[str, int] = {}
         self._how: dict[str, tuple[str, int | tuple[int, int, int]]] = {}
 
@@ -157,6 +172,29 @@ class _Rates:
             return ceil(cycles * PICO / how.clock)
         bandwidth = self.spec.require("memory_bandwidth")
         return ceil((read / self._read_share + written * self._write_weight) * PICO / bandwidth)
+
+    def stream_ps(self, read: int, written: int, vector_ps: int) -> int:
+        """Time until the last result of an operator on the vector cores is in HBM, first loads and last stores included.
+
+        Work goes through UB in pieces, of which two are there at a time. A piece is loaded, comes a latency later, is
+        worked on and written out; while pieces overlap, the first one's loading and the last one's storing do not.
+        """
+        spec, how = self.spec, self.core
+        cycle = PICO / how.clock
+        pieces = ceil(2 * (read + written) / (spec.vector_cores * spec.require("buffers.ub")))
+        turns = pieces * (spec.vector_cores // spec.cube_cores)  # at the port that the AIVs of one AI core share
+        load, store = (size / (width * spec.cube_cores) * cycle for size, width in ((read, how.gm_read), (written, self.store)))
+        come = (how.latency["to_ub"] + how.latency["l2_miss"]) * cycle if read else 0
+        first, last = vector_ps / pieces + come, store / turns + how.latency["to_ub"] * cycle
+        return ceil(max(
+            max(load, self.hbm_ps(read, 0)) + first + max(last, self.hbm_ps(0, written / turns)),
+            load / turns + come + vector_ps + last,
+            load / turns + first + self.hbm_ps(read - read / turns, written),
+        ))  # fmt: skip
+
+    def hbm_ps(self, read: float, written: float) -> float:
+        """Time of HBM alone."""
+        return self.core.hbm(int(read), int(written)) / THOUSANDTHS * PICO / self.core.clock
 
     def exchange_ps(self, exchanged: int) -> int:
         """Time for bytes from cube to vector unit or back: by their own path where there is one, else through L2."""
@@ -179,14 +217,14 @@ class _Rates:
             self._vector[dtype] = int(rate * self.core.figure("vector.share")) if self.core else rate
         return self._vector[dtype]
 
-    def product(self, product: Matmul) -> _Product:
-        """One product, by whatever is known of the chip."""
+    def product(self, product: Matmul, on_chip: bool = False) -> _Product:
+        """One product, by whatever is known of the chip; ``on_chip`` if its operands and result stay in L2."""
         batch, m, k, n = product.batch, product.m, product.k, product.n
         how, figure = self.how(product.dtype)
         if not (batch and m and k and n):
             return _Product(0, 0, "cube", how == "vector")
         if how == "core":
-            done = tiling(self.spec, batch, m, k, n, product.dtype)
+            done = tiling(self.spec, batch, m, k, n, product.dtype, on_chip)
             clock = self.core.clock
             return _Product(ceil(done.cycles * PICO / clock), ceil(done.cube_cycles * PICO / clock), done.bound)
         if how == "waves":
@@ -241,9 +279,15 @@ class _Rates:
         )
 
 
-@lru_cache(maxsize=256)
-def _rates(spec: ChipSpec) -> _Rates:
-    return _Rates(spec)
+def _remember(spec: ChipSpec) -> _Rates:
+    """The rates of ``spec``, which is kept, so that its id stays its own."""
+    if len(_RATES) > MOST_CHIPS:
+        _RATES.clear()
+    rates = _RATES[id(spec)] = _Rates(spec)
+    return rates
+
+
+_RATES: dict[int, _Rates] = {}  # by the chip's id: hashing a chip, or comparing two, takes longer than all else here
 
 
 def _core(spec: ChipSpec) -> Rules | None:

@@ -7,6 +7,7 @@ the fastest is taken. tests/chip/test_tiling.py holds the form to the core engin
 through the same program instruction by instruction.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -42,10 +43,21 @@ class Tiling:
 
 
 @lru_cache(maxsize=100_000)
-def tiling(spec: ChipSpec, batch: int, m: int, k: int, n: int, dtype: str) -> Tiling:
-    """The best tiling of ``batch`` products (m, k) @ (k, n). Raises UnknownFigure where the chip lacks a core's figures."""
-    case = _Case(rules(spec), spec, batch, m, k, n, dtype)
+def tiling(spec: ChipSpec, batch: int, m: int, k: int, n: int, dtype: str, on_chip: bool = False) -> Tiling:
+    """The best tiling of ``batch`` products (m, k) @ (k, n). Raises UnknownFigure where the chip lacks a core's figures.
+
+    ``on_chip``: a step of a fused operator, whose operands and result are in L2; HBM is not asked.
+    """
+    case = _Case(_on_chip(spec) if on_chip else rules(spec), spec, batch, m, k, n, dtype)
     return min((case.price(tm, tn) for tm, tn in case.candidates()), key=lambda t: (t.cycles, -t.m * t.n))
+
+
+@lru_cache(maxsize=64)
+def _on_chip(spec: ChipSpec) -> Rules:
+    """The rules of ``spec`` when everything is in L2."""
+    how = copy(rules(spec))
+    how.gm_read, how.hbm_byte = how.l2_read, 0
+    return how
 
 
 class _Case:

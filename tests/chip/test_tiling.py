@@ -71,7 +71,7 @@ def test_large_products(shape: tuple) -> None:
 @pytest.mark.parametrize("batch, m, k, n", [(32, 128, 128, 128), (48, 1, 128, 512), (7, 200, 64, 300), (100, 64, 512, 64), (3, 512, 128, 512)])
 @pytest.mark.parametrize("chip", ["ascend-910b2", "ascend-950dt"])
 def test_batches(chip: str, batch: int, m: int, k: int, n: int) -> None:
-    assert ratio(chip, m, k, n, "bfloat16", batch) == pytest.approx(1, abs=RARELY if m == 1 else WITHIN)
+    assert ratio(chip, m, k, n, "bfloat16", batch) == pytest.approx(1, abs=RARELY)
 
 
 def test_the_tile_fits_twice() -> None:

@@ -59,7 +59,7 @@ class L2:
             else:
                 there.move_to_end(piece)
                 there[piece] = old | mask
-        return min(more * sector, target.bytes)
+        return more * sector
 
     def _keep(self, piece: int, mask: int) -> None:
         self.there[piece] = mask

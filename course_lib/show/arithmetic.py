@@ -20,7 +20,7 @@ LOOKS = {
     "attention: weights": (style.BLUE, ""), "attention: queries × keys": (style.ORANGE, "//"),
     "feed-forward": (style.GREEN, ".."), "unembedding": (style.PURPLE, "xx"),
 }  # fmt: skip
-NARROW = 0.05  # a piece below this share of its bar has no room for its percentage
+NARROW = 0.07  # a piece below this share of its bar has no room for its percentage
 
 
 def by_part(flops: dict[str, float]) -> dict[str, float]:
@@ -62,7 +62,7 @@ def token_flops(
 def _shares_in_words(shares: dict[str, tuple[dict[str, float], float]]) -> str:
     words = [
         f"{name}: {quantity(each, 'FLOP')} per token, "
-        + ", ".join(f"{part} {quantity(share, '%')}" for part, share in parts.items())
+        + ", ".join(f"{part} {share:.0%}" for part, share in parts.items())
         for name, (parts, each) in shares.items()
     ]
     return ";\n".join(words) + "."
@@ -88,7 +88,7 @@ def error_of_2n(
                 said.append(f"{name} {_signed(at)} at its {ends[name]:,} tokens")
         ax.axhline(0, color="black", linewidth=1)
         ax.axhspan(-10, 10, color=style.GREY, alpha=0.25)
-        ax.text(contexts[0] * 1.1, -9, "within 10 %", va="bottom")
+        ax.text(contexts[-1] / 1.1, 9, "within 10 %", ha="right", va="top")
         ax.set(xscale="log", xlim=(contexts[0], contexts[-1]), ylim=(-100, 25), title=title)
         ax.set(xlabel="tokens in the sequence", ylabel="error of 2N (%)")
         ticks = [t for t in (100, 1_000, 10_000, 100_000, 1_000_000) if contexts[0] <= t <= contexts[-1]]

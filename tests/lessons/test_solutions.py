@@ -11,6 +11,12 @@ from course_lib.lessons.check.lesson01 import (
     check_intensity,
     check_multiplying,
 )  # fmt: skip
+from course_lib.lessons.check.lesson02 import (
+    check_adamw_seconds,
+    check_backward_flops,
+    check_tokens_per_step,
+    check_training_days,
+)
 from course_lib.lessons.check.lesson04 import (
     check_idle_share,
     check_product_seconds,
@@ -18,7 +24,7 @@ from course_lib.lessons.check.lesson04 import (
     check_rows_to_fill,
 )
 from course_lib.lessons.check.lesson06 import check_learning_rate, check_mfu, check_tile_efficiency
-from course_lib.lessons.solutions import lesson00, lesson01, lesson04, lesson06
+from course_lib.lessons.solutions import lesson00, lesson01, lesson02, lesson04, lesson06
 
 CHECKS = {
     check_product_flops: lesson00.product_flops,
@@ -32,6 +38,10 @@ CHECKS = {
     check_multiplying: lesson01.multiplying,
     check_expert_flops: lesson01.expert_flops,
     check_intensity: lesson01.intensity,
+    check_backward_flops: lesson02.backward_flops,
+    check_adamw_seconds: lesson02.adamw_seconds,
+    check_tokens_per_step: lesson02.tokens_per_step,
+    check_training_days: lesson02.training_days,
     check_learning_rate: lesson06.learning_rate,
     check_mfu: lesson06.mfu_causal,
     check_tile_efficiency: lesson06.tile_efficiency,
@@ -91,6 +101,22 @@ MISTAKES = [
     (check_intensity, lambda T, m, n, size: 2 * T * m * n / (T * m + m * n + T * n), "not per number"),
     (check_intensity, lambda T, m, n, size: 2 * T / size, "they are bytes too"),
     (check_intensity, lambda T, m, n, size: 2 * T * m * n / size / (T * m + m * n), "has to be written"),
+    (check_backward_flops, lambda m, k, n, x, w: 4 * m * k * n, "only what is wanted"),
+    (check_backward_flops, lambda m, k, n, x, w: 6 * m * k * n, "the whole step"),
+    (check_backward_flops, lambda m, k, n, x, w: 2 * m * k * n, "one product for each gradient"),
+    (check_backward_flops, lambda m, k, n, x, w: m * k * n * (x + w), "2 FLOPs"),
+    (check_adamw_seconds, lambda n, b: 14 * n / b, "half of it"),
+    (check_adamw_seconds, lambda n, b: 16 * n / b, "the bytes that are kept"),
+    (check_adamw_seconds, lambda n, b: 24 * n / b, "add the gradient"),
+    (check_adamw_seconds, lambda n, b: 8 * 28 * n / b, "not bits"),
+    (check_tokens_per_step, lambda s, p, b: 28 * p / b / 6 / s, "of the whole step"),
+    (check_tokens_per_step, lambda s, p, b: 28 * p / b / 6 * s / (1 - s), "upside down"),
+    (check_tokens_per_step, lambda s, p, b: 28 * p / b / 2 * (1 - s) / s, "not 2"),
+    (check_tokens_per_step, lambda s, p, b: 16 * p / b / 6 * (1 - s) / s, "16 are kept"),
+    (check_training_days, lambda n, d, c, p, u: 2 * n * d / (c * p * u) / 86400, "inference of the same tokens"),
+    (check_training_days, lambda n, d, c, p, u: 6 * n * d / (c * p) / 86400, "at the full peak"),
+    (check_training_days, lambda n, d, c, p, u: 6 * n * d / (c * p * u), "those are seconds"),
+    (check_training_days, lambda n, d, c, p, u: 6 * n * d / (p * u) / 86400, "at the same time"),
     (check_learning_rate, lambda s, n, w, top: top, "the rate falls"),
     (
         check_learning_rate,

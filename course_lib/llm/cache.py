@@ -103,7 +103,7 @@ class PagedCache:
         return max(self.lengths)
 
     def place(self, T: int) -> Tensor:
-        """Take the pages that T more tokens of each row need; their positions (B, T). ValueError if the pool is empty."""
+        """Take the pages that T more tokens of each row need; their positions (B, T). ValueError if none are left."""
         for table, length in zip(self.tables, self.lengths):
             while len(table) * self.page < length + T:
                 if not self.free:
@@ -133,7 +133,7 @@ class PagedCache:
         self.lengths = [length + T for length in self.lengths]
 
     def cut(self, lengths: list[int], keep: bool = False) -> None:
-        """Forget what is beyond these lengths, one for each row; empty pages go back to the pool unless they are kept."""
+        """Forget what is beyond these lengths, one for each row; empty pages go back to the pool, or are kept."""
         self.lengths = list(lengths)
         for table, length in zip(self.tables, lengths):
             while not keep and table and (len(table) - 1) * self.page >= length:

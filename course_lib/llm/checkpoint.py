@@ -52,7 +52,7 @@ def replace(file: Path, content: bytes) -> None:
 
 
 def pack(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and buffers as "model.<name>", optimizer state as "optimizer.<name>.<key>"; a tied table is there once."""
+    """Weights and buffers as "model.<name>", optimizer state as "optimizer.<name>.<key>"; a tied table once."""
     tensors = {f"model.{name}": tensor for name, tensor in kept(model).items()}
     for name, p in model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items()}

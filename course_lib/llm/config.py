@@ -109,7 +109,7 @@ PRESETS: dict[str, dict] = {
     "tiny-v3": {
         "context": 128, "width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "feed_forward": 352, "tied": False,
         "mtp": 1, "latent": Latent(query_rank=64, rank=32, nope=32, rope=16, value=32),
-        "experts": Experts(routed=16, active=2, shared=1, width=112, groups=4, top_groups=2),
+        "experts": Experts(routed=8, active=2, shared=1, width=112, groups=4, top_groups=2),
     },
 }  # fmt: skip
 

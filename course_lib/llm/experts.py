@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from course_lib.llm.config import Config
-from course_lib.llm.layers import FeedForward
+from course_lib.llm.layers import FeedForward, narrow
 
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since PyTorch 2.10
 
@@ -48,7 +48,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts, those that `Router` chooses, and the shared ones, as one wider feed-forward for every token."""
+    """The routed experts that `Router` chooses, and the shared ones, as one wider feed-forward for every token."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Experts(nn.Module):
         B, T, D = x.shape
         tokens = x.reshape(B * T, D)  # (N, D)
         self.chosen, weights, scores = self.router(tokens)  # (N, k), (N, k), (N, E)
-        self.scores = scores.view(B, T, -1)  # (B, T, E)
+        self.scores = scores.view(B, T, -1) if self.shape.sequence_loss else None  # (B, T, E)
         y = self.routed(tokens, self.chosen, weights).view(B, T, D)  # (B, T, D)
         return y if self.shared is None else y + self.shared(x)  # (B, T, D)
 
@@ -88,6 +88,7 @@ class Experts(nn.Module):
         load = self.router.load  # (E,)
         self.router.bias += self.shape.bias_speed * (load.mean() - load).sign()  # (E,)
         load.zero_()
+        self.chosen = self.scores = None
 
     def unevenness(self) -> Tensor:
         """Sequence-wise balance loss of the last forward pass, before its weight: 1 where a sequence loads all evenly.
@@ -109,7 +110,4 @@ def count(chosen: Tensor, E: int) -> Tensor:
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (M, D), sorted by expert, times each row's expert's matrix of `weight` (E, D, F): (M, F)."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x, weight = x.to(torch.get_autocast_dtype(kind)), weight.to(torch.get_autocast_dtype(kind))
-    return grouped_mm(x, weight, offs=ends)  # (M, F)
+    return grouped_mm(narrow(x), narrow(weight), offs=ends)  # (M, F)

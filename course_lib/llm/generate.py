@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from course_lib.llm import checkpoint, tokenizer
+from course_lib.llm import checkpoint, int8, lora, tokenizer
 from course_lib.llm.config import Config
 from course_lib.llm.model import Cache, Transformer
 from course_lib.llm.tokenizer import Tokenizer
@@ -84,8 +84,11 @@ def write(model: Transformer, words: Tokenizer, prompt: str, new: int, temperatu
 def restore(folder: Path) -> tuple[Transformer, Tokenizer]:
     """Model, on the CPU, and tokenizer of the training run in `folder`; ValueError if there is none."""
     record, tensors = checkpoint.load(folder)
-    model = Transformer(Config(**record["config"]))
+    model, rank = Transformer(Config(**record["config"])), record["settings"].get("lora", 0)
+    if rank:
+        lora.adapt(model, rank)
     checkpoint.unpack(tensors, model)
+    lora.merge(model)
     return model, tokenizer.load(Path(folder) / "tokenizer.json")
 
 
@@ -97,9 +100,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=100, help="new tokens (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--int8", action="store_true", help="weights in eight bits")
     args = parser.parse_args(arguments)
     try:
         model, words = restore(args.folder)
+        if args.int8:
+            int8.quantise_weights(model)
         print(write(model, words, args.prompt, args.tokens, args.temperature, args.seed).strip())
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -5,8 +5,8 @@
     keys [up_k c, r], values up_v c     H heads of N + R and of V
 
 Two ways to the same result. Expanded: make keys and values of all tokens, then attend; right for training and prefill.
-Absorbed: q·(up_k c) = (up_kᵀ q)·c, so queries go down to the latent, attend to the cache as it is, as H heads that share
-one key, and the result comes up through up_v; right for decoding, where the expanded way would make all S keys anew.
+Absorbed: q·(up_k c) = (up_kᵀ q)·c, so queries go down to the latent, attend to the cache as it is, as H heads that
+share one key, and the result comes up through up_v; right for decoding, where expanding would make all S keys anew.
 
 Letters as in layers.py; C rank of the latent, N width without rotation, R width with rotation.
 """

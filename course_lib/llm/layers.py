@@ -4,6 +4,8 @@ Shapes: B batch, T tokens, D width, H heads, G key/value heads, K head width, F 
 new tokens and S all tokens so far.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +51,12 @@ class Attention(nn.Module):
         return self.output(y.transpose(1, 2).reshape(B, T, H * K))  # (B, T, D)
 
 
+def narrow(x: Tensor) -> Tensor:
+    """x in autocast's dtype where that is on: cast once, rather than by each product that reads it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """Causal attention of the last T of S tokens: q (B, H, T, K), k and v (B, G, S, K), result (B, H, T, K).
 
@@ -74,3 +82,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, F) inside, (B, T, D) out
+
+
+def exchange(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put `make(linear)` in the place of each linear layer but the unembedding."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and parent is not model:
+                setattr(parent, name, make(child))

@@ -18,7 +18,7 @@ from course_lib.llm.cache import Cache, PagedCache
 from course_lib.llm.config import Config
 from course_lib.llm.experts import Experts
 from course_lib.llm.latent import LatentAttention
-from course_lib.llm.layers import Attention, FeedForward, attend, rotary_table, rotate
+from course_lib.llm.layers import Attention, FeedForward, attend, narrow, rotary_table, rotate
 
 __all__ = ["CONVENTIONS", "Block", "Cache", "PagedCache", "Transformer", "attend", "rotary_table", "rotate"]
 
@@ -37,8 +37,8 @@ class Block(nn.Module):
         self.feed_forward = Experts(config) if with_experts else FeedForward(config.width, config.feed_forward)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | PagedCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache)  # (B, T, D)
-        return x + self.feed_forward(self.feed_forward_norm(x))  # (B, T, D)
+        x = x + self.attention(narrow(self.attention_norm(x)), cos, sin, cache)  # (B, T, D)
+        return x + self.feed_forward(narrow(self.feed_forward_norm(x)))  # (B, T, D)
 
 
 class Transformer(nn.Module):

@@ -49,7 +49,8 @@ def speculate(
     cache, logits, hidden = prefill(model, prompts, new, cache)  # (B, V), (B, P, D)
     lengths, device = cache.lengths, hidden.device
     last = logits.argmax(-1)  # (B,), chosen but not yet read by the model
-    following = pad_sequence([torch.cat((p[1:], last[row : row + 1])) for row, p in enumerate(prompts)], True)  # (B, P)
+    shifted = [torch.cat((p[1:], last[row : row + 1])) for row, p in enumerate(prompts)]  # (P,) each
+    following = pad_sequence(shifted, batch_first=True)  # (B, P)
     draft = guess(model, hidden, following, cache, [0] * len(prompts), lengths)  # (B,)
     made, steps, drafted, taken = [[token] for token in last.tolist()], 0, 0, 0
     while min(len(row) for row in made) < new:
@@ -77,7 +78,7 @@ def prefill(
     model: Transformer, prompts: list[Tensor], new: int, cache: Cache | PagedCache | None,
     temperature: float = 0.0, top_k: int | None = None,
 ) -> tuple[Cache | PagedCache, Tensor, Tensor]:  # fmt: skip
-    """Read all prompts at once, padded: the cache without the padding, logits (B, V) of what comes next, hidden (B, P, D)."""
+    """Read all prompts at once, padded: the cache without padding, logits (B, V) of what comes next, hidden (B, P, D)."""
     for prompt in prompts:
         check(model, prompt[None], new, temperature, top_k)
     weight, lengths = model.embedding.weight, [len(prompt) for prompt in prompts]
@@ -92,7 +93,7 @@ def prefill(
 def guess(
     model: Transformer, hidden: Tensor, following: Tensor, cache: Cache | PagedCache, start: list[int], stop: list[int]
 ) -> Tensor:
-    """Drafts (B,) from `hidden` (B, T, D) of positions `start` on and the tokens after them; the cache ends at `stop`."""
+    """Drafts (B,) from `hidden` (B, T, D) of positions `start` on and the tokens after them; it ends at `stop`."""
     cache.cut(start, keep=True)
     logits = model.draft(hidden, following, cache)  # (B, T, V)
     cache.cut(stop)

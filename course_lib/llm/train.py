@@ -15,10 +15,11 @@ from typing import NoReturn, Self
 import torch
 from tqdm import tqdm
 
+from course_lib.llm import precision, recompute
 from course_lib.llm.checkpoint import RECORD
 from course_lib.llm.config import PRESETS
 from course_lib.llm.device import clock, open_device
-from course_lib.llm.trainer import Settings, Step, Trainer
+from course_lib.llm.trainer import OPTIMIZERS, Settings, Step, Trainer
 
 __all__ = ["Settings", "Step", "Trainer", "main"]
 
@@ -56,6 +57,18 @@ def make_parser() -> Parser:
         "--learning-rate", type=float, default=d.learning_rate, help="the highest (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=d.seed, help="of weights and batches (default %(default)s)")
+    parser.add_argument("--optimizer", default=d.optimizer, help=f"{', '.join(OPTIMIZERS)} (default %(default)s)")
+    parser.add_argument(
+        "--precision", default=d.precision, help=f"{', '.join(precision.AUTOCAST)} (default %(default)s)"
+    )
+    parser.add_argument(
+        "--no-loss-scaling", dest="loss_scaling", action="store_false", help="in fp16: leave small gradients to vanish"
+    )
+    parser.add_argument(
+        "--recompute", default=d.recompute, help=f"activations: {', '.join(recompute.HOW)} (default %(default)s)"
+    )
+    parser.add_argument("--start", default="", help="folder of a run to begin with: its weights, and its tokenizer")
+    parser.add_argument("--lora", type=int, default=0, help="rank of additions to train in place of the weights")
     parser.add_argument("--out", type=Path, help="folder for the checkpoint (default runs/PRESET-CORPUS)")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -90,7 +103,7 @@ def utilisation(trainer: Trainer, history: list[Step]) -> str:
     """Throughput and MFU over these steps, with clock, convention and peak."""
     tokens, seconds = sum(step.tokens for step in history), sum(step.seconds for step in history)
     mfu = trainer.mfu(tokens, seconds, CONVENTION)
-    told = "MFU unknown" if mfu is None else f"MFU {mfu:.1%} ({CONVENTION}, float32 cube peak)"
+    told = "MFU unknown" if mfu is None else f"MFU {mfu:.1%} ({CONVENTION}, {trainer.peak_dtype} cube peak)"
     return f"{tokens / seconds:,.0f} tokens/s ({clock(trainer.device)}) · {told}"
 
 

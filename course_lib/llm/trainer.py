@@ -1,4 +1,7 @@
-"""The training loop: AdamW, warm-up and cosine, clipping, gradient accumulation, and a clock on the device.
+"""The training loop: AdamW or Muon, warm-up and cosine, clipping, accumulation, and a clock on the device.
+
+What a run may do otherwise has a file each: number formats (precision.py, fp8.py), gradient checkpointing
+(recompute.py), Muon (muon.py), fine-tuning of small additions (lora.py).
 
 >>> trainer = Trainer(Settings(preset="micro", tokenizer="char", steps=20))
 >>> history = list(trainer.run())
@@ -16,12 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from course_lib.llm import checkpoint, corpus, generate, tokenizer
+from course_lib.llm import checkpoint, corpus, fp8, generate, lora, precision, recompute, tokenizer
 from course_lib.llm.config import preset
 from course_lib.llm.corpus import END, Batches, Corpus
 from course_lib.llm.device import mark, peak_flops, seconds_between
 from course_lib.llm.model import Transformer
+from course_lib.llm.muon import Muon
 
+OPTIMIZERS = ("adamw", "muon")
 VALIDATION_ROWS = 400  # the first rows of the validation text; stories have fewer
 
 
@@ -40,6 +45,12 @@ class Settings:
     weight_decay: float = 0.1  # on matrices only
     clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # of weights and of batches
+    optimizer: str = "adamw"  # or muon, for the matrices of the layers
+    precision: str = "float32"  # or bf16, fp16, fp8
+    loss_scaling: bool = True  # in fp16; without it small gradients become zero
+    recompute: str = "none"  # gradient checkpointing: selective or full
+    start: str = ""  # folder of a run whose weights and tokenizer to begin with: fine-tuning
+    lora: int = 0  # rank of the additions to be trained in place of the weights; 0: the weights
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate"):
@@ -47,6 +58,16 @@ class Settings:
                 raise ValueError(f"expected {name} of at least 1, found {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"expected a learning rate above 0, found {self.learning_rate}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
+        precision.check(self.precision)
+        recompute.check(self.recompute)
+        if not self.loss_scaling and self.precision != "fp16":
+            raise ValueError(f"only fp16 has loss scaling to leave out, found precision {self.precision}")
+        if self.lora and not self.start:
+            raise ValueError("LoRA adds to a trained model; name the folder of its run with start")
+        if self.lora < 0:
+            raise ValueError(f"expected a LoRA rank of at least 1, or 0 to train the weights, found {self.lora}")
 
 
 @dataclass(frozen=True)
@@ -69,10 +90,18 @@ def rate(step: int, settings: Settings) -> float:
 
 
 def make_optimizer(model: Transformer, settings: Settings) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves the norms' gains alone; fused, one operator for all weights of a group."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]
+    """AdamW that decays matrices and leaves the norms' gains alone; fused, one operator for all weights of a group.
+
+    With Muon the matrices of the layers have a group of their own; embedding and unembedding stay with AdamW.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    inner = [p for name, p in trained if p.dim() >= 2 and "embedding" not in name and settings.optimizer == "muon"]
+    matrices = [p for _, p in trained if p.dim() >= 2 and not any(p is other for other in inner)]
+    gains = [p for _, p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    if inner:
+        groups.append({"params": inner, "weight_decay": settings.weight_decay, "momentum": 0.95})
+        return Muon([group for group in groups if group["params"]], settings.learning_rate, betas=(0.9, 0.95))
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -86,7 +115,11 @@ class Trainer:
         self.settings, self.device = settings, torch.device(device)
         preset(settings.preset, 1)  # an unknown preset is told before the tokenizer is trained
         self.corpus = text or corpus.load(settings.corpus)
-        self.tokenizer = tokenizer.train(settings.tokenizer, self.corpus.train + self.corpus.validation)
+        self.model = None
+        if settings.start:
+            self.model, self.tokenizer = generate.restore(Path(settings.start))
+        else:
+            self.tokenizer = tokenizer.train(settings.tokenizer, self.corpus.train + self.corpus.validation)
         self.config = preset(settings.preset, self.tokenizer.size)
         self.end = self.corpus.end(self.tokenizer)
         train = self.corpus.tokens("train", self.tokenizer)
@@ -95,9 +128,23 @@ class Trainer:
         if len(held) < 2:
             raise ValueError(f"{self.corpus.name}: is too short to hold back a twentieth for validation; use more text")
         self.validation = corpus.rows(held, self.config.context, self.end)  # inputs, targets (rows, T)
-        self.model = Transformer(self.config, settings.seed).to(self.device)
+        self.model = self.make_model(self.model).to(self.device)
+        self.scaler = precision.make_scaler(settings.precision, settings.loss_scaling, self.device)
         self.optimizer = make_optimizer(self.model, settings)
         self.losses: list[float] = []  # of all steps so far, in nats per token
+
+    def make_model(self, start: Transformer | None) -> Transformer:
+        """The model of these settings, on the CPU: new, or with the weights of `start`."""
+        settings = self.settings
+        if start is not None and start.config != self.config:
+            raise ValueError(f"the run in {settings.start} has a model of another shape; give its preset")
+        model = start or Transformer(self.config, settings.seed)
+        if settings.lora:
+            lora.adapt(model, settings.lora, settings.seed)
+        if settings.precision == "fp8":
+            fp8.convert(model)
+        recompute.apply(model, settings.recompute)
+        return model
 
     @property
     def done(self) -> int:
@@ -120,12 +167,16 @@ class Trainer:
         losses = []
         for _ in range(self.settings.accumulate):
             tokens, targets = (rows.to(self.device) for rows in self.batches.draw())  # (B, T) each
-            loss = self.model(tokens, targets) / self.settings.accumulate  # scalar
+            with precision.autocast(self.settings.precision, self.device):
+                loss = self.model(tokens, targets) / self.settings.accumulate  # scalar
             aside = self.model.aside  # scalar
-            (loss if aside is None else loss + aside / self.settings.accumulate).backward()
+            whole = loss if aside is None else loss + aside / self.settings.accumulate  # scalar
+            self.scaler.scale(whole).backward()
             losses.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)  # the scaler does nothing but in fp16
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         for experts in self.model.experts():
             experts.balance()
@@ -158,7 +209,9 @@ class Trainer:
         total, count = 0.0, 0
         for x, y in zip(inputs, targets):
             counted = int((y != corpus.IGNORE).sum())
-            total += counted * self.model(x.to(self.device), y.to(self.device)).item()  # (B, T) each to a scalar
+            with precision.autocast(self.settings.precision, self.device):
+                loss = self.model(x.to(self.device), y.to(self.device))  # (B, T) each to a scalar
+            total += counted * loss.item()
             count += counted
         return total / count
 
@@ -171,9 +224,14 @@ class Trainer:
         text = generate.write(self.model, self.tokenizer, opening, new, temperature, seed)
         return text.split(END)[1] if self.corpus.grammar else text
 
+    @property
+    def peak_dtype(self) -> str:
+        """The dtype whose peak divides: the one that the products are in; for fp8 bfloat16, as DeepSeek-V3 has it."""
+        return precision.PEAK[self.settings.precision]
+
     def mfu(self, tokens: int, seconds: float, convention: str = "6N+attention causal") -> float | None:
-        """Model FLOPs utilisation, 0 to 1, by `convention` over the float32 peak of the cube; None if unknown."""
-        peak = peak_flops(self.device)
+        """Model FLOPs utilisation, 0 to 1, by `convention` over the cube's peak in `peak_dtype`; None if unknown."""
+        peak = peak_flops(self.device, self.peak_dtype)
         return None if peak is None else tokens * self.model.flops_per_token(convention) / (seconds * peak)
 
     def record(self) -> dict:
@@ -184,7 +242,8 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Write checkpoint and tokenizer into `folder`."""
         tensors = checkpoint.pack(self.model, self.optimizer) | {"batches": self.batches.generator.get_state()}
-        checkpoint.save(folder, self.record() | {"step": self.done, "losses": self.losses}, tensors)
+        state = {"step": self.done, "losses": self.losses, "scaler": self.scaler.state_dict()}
+        checkpoint.save(folder, self.record() | state, tensors)
         self.tokenizer.save(Path(folder) / "tokenizer.json")
 
     def resume(self, folder: Path) -> None:
@@ -193,14 +252,16 @@ class Trainer:
         agree(folder, record, self.record())
         checkpoint.unpack(tensors, self.model, self.optimizer)
         self.batches.generator.set_state(tensors["batches"])
+        self.scaler.load_state_dict(record.get("scaler", {}))
         self.losses = record["losses"]
 
 
 def agree(folder: Path, old: dict, new: dict) -> None:
     """ValueError naming the first thing in which a checkpoint's record differs from the present run's."""
+    defaults = asdict(Settings()) | {"latent": None, "experts": None, "mtp": 0}
     for part in ("settings", "config"):
         for key, value in new[part].items():
-            found = old.get(part, {}).get(key)
+            found = old.get(part, {}).get(key, defaults.get(key))  # a checkpoint may be older than an option
             if key != "steps" and found != value:
                 raise ValueError(
                     f"the checkpoint in {folder} has {key} {found}, this run {value}; give the same, or another --out"

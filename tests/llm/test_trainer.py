@@ -83,7 +83,7 @@ def test_sample_ends_with_the_story_and_takes_a_prompt():
 def test_mfu_divides_by_the_peak_that_the_device_tells(monkeypatch):
     run = trainer()
     assert run.mfu(1000, 1.0) is None  # a cpu tells none
-    monkeypatch.setattr("course_lib.llm.trainer.peak_flops", lambda device: 1e9)
+    monkeypatch.setattr("course_lib.llm.trainer.peak_flops", lambda device, dtype: {"float32": 1e9}[dtype])
     assert run.mfu(1000, 2.0, "6N") == pytest.approx(6 * run.model.num_multiplying() * 1000 / 2e9)
     assert run.mfu(1000, 2.0) == pytest.approx(run.model.flops_per_token() * 1000 / 2e9)
 

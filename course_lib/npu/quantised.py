@@ -197,7 +197,10 @@ def _weight_quant_work(args: tuple, kwargs: dict, outs: list[Tensor]) -> Work:
     reads = [a for a in args if isinstance(a, Tensor)]
     flops = (2 + (offset is not None)) * weight.numel() + (bias is not None) * outs[0].numel()
     product = Matmul(1, x.shape[:-1].numel(), x.shape[-1], weight.shape[-1], dtype_name(x.dtype))
-    return Work(matmuls=(product,), vector_flops=flops, vector_dtype=dtype_name(x.dtype), bytes_read=distinct(reads), bytes_written=distinct(outs))
+    return Work(
+        matmuls=(product,), vector_flops=flops, vector_dtype=dtype_name(x.dtype), bytes_read=distinct(reads),
+        bytes_written=distinct(outs), exchanged=weight.numel() * x.element_size(),  # the widened weights, from vector unit to cube
+    )
 
 
 weight_quant = define(

@@ -183,6 +183,7 @@ _MATMULS = {
     "linear": _linear,
     "mm": lambda a: [_mm(a[0], a[1])],
     "_int_mm": lambda a: [_mm(a[0], a[1])],
+    "_weight_int8pack_mm": _linear,  # in the dtype of x
     "_scaled_mm": lambda a: [_mm(a[0], a[1])],
     "_scaled_mm_v2": lambda a: [_mm(a[0], a[1])],
     "_grouped_mm": lambda a: _grouped(a),
@@ -215,9 +216,12 @@ def _matmul_work(name: str, args: tuple, outs: list, reads: list, writes: list) 
     """The product, and one vector operation per result where something is added to it."""
     biased = name == "linear" and len(args) > 2 and args[2] is not None
     adds = outs[0].numel() if biased or name.startswith(("add", "badd")) else 0
+    widened = 0
+    if name == "_weight_int8pack_mm":  # the vector unit widens the weights, hands them to the cube and scales the result
+        adds, widened = args[1].numel() + outs[0].numel(), args[1].numel() * args[0].element_size()
     return Work(
         matmuls=tuple(_MATMULS[name](args)), vector_flops=adds, vector_dtype=dtype_name(outs[0].dtype),
-        bytes_read=distinct(reads), bytes_written=distinct(writes),
+        bytes_read=distinct(reads), bytes_written=distinct(writes), exchanged=widened,
     )
 
 

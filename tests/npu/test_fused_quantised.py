@@ -77,6 +77,35 @@ def test_int_mm():
     assert (ledger.records[0].cost.cube_flops, ledger.records[0].cost.bytes) == (2 * M * K * N, M * K + K * N + 4 * M * N)
 
 
+def test_int8_weights_alone():
+    """The product is in the dtype of x; weights move as int8, and the vector unit widens them and scales the result."""
+    x, scale = torch.randn(M, K), torch.rand(N)
+    weights = torch.randint(-127, 128, (N, K), dtype=torch.int8)
+    x8, w8, s8 = put(x, weights, scale)
+    with npu.ledger() as ledger:
+        got = torch._weight_int8pack_mm(x8, w8, s8)
+    torch.testing.assert_close(got.cpu(), x @ (weights.float() * scale[:, None]).t(), rtol=1e-4, atol=1e-3)
+    paid = ledger.records[0].cost
+    assert (paid.cube_flops, paid.vector_flops) == (2 * M * K * N, N * K + M * N)
+    assert paid.bytes == 4 * M * K + K * N + 4 * N + 4 * M * N
+
+
+def test_int8_weights_are_faster_where_reading_them_is_all():
+    """One row on the 910B2 in bfloat16: HBM has half to read, and the widened weights go to the cube through L2."""
+    spec, size = npu.use("ascend-910b2", numerics=False), 4096
+    try:
+        x, w = torch.empty(1, size, dtype=torch.bfloat16, device="npu"), torch.empty(size, size, dtype=torch.int8, device="npu")
+        with npu.ledger() as ledger:
+            torch._weight_int8pack_mm(x, w, torch.empty(size, dtype=torch.bfloat16, device="npu"))
+            x @ torch.empty(size, size, dtype=torch.bfloat16, device="npu")
+    finally:
+        del x, w
+        npu.use()
+    small, wide = (next(r.cost for r in ledger.records if r.op == op) for op in ("_weight_int8pack_mm", "mm"))
+    assert wide.bound == "memory" and small.memory_ps >= size * size * 1e12 / spec.memory_bandwidth
+    assert 1.2 < (wide.ps - wide.launch_ps) / (small.ps - small.launch_ps) < 2
+
+
 @pytest.mark.parametrize("mode, dims", [("pertoken", (-1,)), ("perchannel", (-2,)), ("pertensor", (0, 1, 2))])
 @pytest.mark.parametrize("dtype, largest", [(torch.int8, 127), (FP8[0], 448), (FP8[1], 57344)])
 def test_dynamic_quant(mode, dims, dtype, largest):

@@ -269,7 +269,8 @@ class _Rates:
         if tile and spec.cube_cores and spec.cube_clock:
             return "tile", tile
         if peak:
-            return ("waves" if spec.cube_cores and spec.figures.value("efficiency.matmul") else "peak"), peak
+            share = spec.figures.value("efficiency.matmul")
+            return ("waves", peak) if spec.cube_cores and share else ("peak", int(peak * (share or 1)))
         if spec.vector_has(dtype):
             return "vector", self.vector(dtype)
         there = [other for other in DTYPES if spec.peak(other) or spec.vector_has(other)]

@@ -3,7 +3,7 @@
 ``data/published/kernels.toml`` has the rows with their sources. Rows on which a constant was calibrated say which; all
 others are predictions, and only these enter the median.
 
-    python -m course_lib.chip.published
+    python -m course_lib.chip.published > docs/kernels.md
 """
 
 import statistics
@@ -142,5 +142,7 @@ KINDS: dict[str, Callable[[ChipSpec, dict], float]] = {
     "gemm": _gemm, "busy": _busy, "peak": _peak, "copy": _copy, "mla": _mla, "ladder": _ladder, "l2": _l2,
 }  # fmt: skip
 
+TITLE = "# Measured kernels beside ours\n\nMade by `python -m course_lib.chip.published`; sources are in `data/published/kernels.toml`.\n"
+
 if __name__ == "__main__":
-    print(table())
+    print(TITLE, table(), sep="\n")

@@ -69,6 +69,8 @@ class _Case:
         self.out_size = self.size if self.size > 1 else 2
         self.unit = max(FRACTAL, 32 // self.size)  # of k and n, in whole fractals
         self.tile = spec.cube_tile(dtype)
+        if dtype.endswith("_x2"):  # two elements in a byte: count the bytes
+            self.k, self.tile = -(-k // 2), (self.tile[0], self.tile[1] // 2, self.tile[2])
         self.macs = 1 / (self.tile[0] * self.tile[1] * self.tile[2])
         self.l0a, self.l0b, self.l0c, self.l1 = (spec.require(f"buffers.{name}") for name in ("l0a", "l0b", "l0c", "l1"))
         large = 1 << 20  # bytes, so that rounding to whole cycles does not show

@@ -34,7 +34,7 @@ class Plan:
     scale: float
 
 
-def workspace(cores: int, head: int, block: int = 128, ahead: int = 1, dtype: str = "float16") -> tuple[np.ndarray, ...]:
+def workspace(cores: int, head: int, block: int = 128, ahead: int = 2, dtype: str = "float16") -> tuple[np.ndarray, ...]:
     """Scores, probabilities and products of ``cores`` AI cores in GM, (cores · (ahead + 1) · block, block or head)."""
     rows = cores * (ahead + 1) * block
     return np.zeros((rows, block), np.float32), np.zeros((rows, block), dtype), np.zeros((rows, head), np.float32)
@@ -42,7 +42,7 @@ def workspace(cores: int, head: int, block: int = 128, ahead: int = 1, dtype: st
 
 def attention(
     core: Core, q: GlobalTensor, k: GlobalTensor, v: GlobalTensor, out: GlobalTensor, scores: GlobalTensor,
-    probs: GlobalTensor, values: GlobalTensor, mask: GlobalTensor | None = None, block: int = 128, ahead: int = 1,
+    probs: GlobalTensor, values: GlobalTensor, mask: GlobalTensor | None = None, block: int = 128, ahead: int = 2,
 ) -> None:  # fmt: skip
     """One head: q (Tq, K), k and v (Tk, K) float16, out (Tq, K) float32; Tq, Tk, K multiples of 16, K at most 128.
 

@@ -103,7 +103,7 @@ PRESETS: dict[str, dict] = {
     "small": {"context": 256, "width": 256, "layers": 6, "heads": 8, "kv_heads": 4, "feed_forward": 704, "tied": False},
     "micro-v3": {
         "context": 64, "width": 32, "layers": 2, "heads": 2, "kv_heads": 2, "feed_forward": 96, "tied": False, "mtp": 1,
-        "latent": Latent(query_rank=16, rank=16, nope=8, rope=8, value=16),
+        "latent": Latent(query_rank=16, rank=16, nope=16, rope=16, value=16),
         "experts": Experts(routed=8, active=2, shared=1, width=32, groups=4, top_groups=2),
     },
     "tiny-v3": {

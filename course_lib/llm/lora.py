@@ -2,8 +2,8 @@
 
     y = W x + (α/r) B (A x)     W frozen; A (r, C) random, B (N, r) zero at first, so that training starts at the model
 
-Gradients and optimizer state exist for A and B only. Activations stay: what W's input is needed for changes, but
-backward still runs through all layers.
+Gradients and optimizer state exist for A and B only. Activations and time hardly shrink: backward still runs through
+all layers, and only the product that would make W's gradient is left out.
 """
 
 import torch

@@ -45,7 +45,7 @@ def generate_batch(
 def speculate(
     model: Transformer, prompts: list[Tensor], new: int, cache: Cache | PagedCache | None = None
 ) -> Speculation:
-    """Each of the `prompts`, int64 (P,) of any length, with `new` tokens after it: those that are likeliest each time."""
+    """Each of the `prompts`, int64 (P,) of any length, with `new` tokens after it: the likeliest each time."""
     cache, logits, hidden = prefill(model, prompts, new, cache)  # (B, V), (B, P, D)
     lengths, device = cache.lengths, hidden.device
     last = logits.argmax(-1)  # (B,), chosen but not yet read by the model
@@ -78,7 +78,7 @@ def prefill(
     model: Transformer, prompts: list[Tensor], new: int, cache: Cache | PagedCache | None,
     temperature: float = 0.0, top_k: int | None = None,
 ) -> tuple[Cache | PagedCache, Tensor, Tensor]:  # fmt: skip
-    """Read all prompts at once, padded: the cache without padding, logits (B, V) of what comes next, hidden (B, P, D)."""
+    """Read all prompts at once, padded: the cache without padding, logits (B, V) of the next, hidden (B, P, D)."""
     for prompt in prompts:
         check(model, prompt[None], new, temperature, top_k)
     weight, lengths = model.embedding.weight, [len(prompt) for prompt in prompts]

@@ -76,6 +76,7 @@ def test_text_from_a_checkpoint(tmp_path, capsys):
     assert restored(PROMPT).equal(run.model(PROMPT)) and words.encode("Once") == run.tokenizer.encode("Once")
     assert main([str(tmp_path), "--prompt", "Once", "--tokens", "5"]) == 0
     assert capsys.readouterr().out == write(run.model, run.tokenizer, "Once", 5, 0.8).strip() + "\n"
+    assert main([str(tmp_path), "--tokens", "5", "--int8"]) == 0 and capsys.readouterr().out
     for arguments, message in [
         (["nowhere"], "no checkpoint in nowhere"),
         ([str(tmp_path), "--tokens", "99"], "exceed the context of 64"),

@@ -1,7 +1,8 @@
 """Weights in eight bits for inference: each row of a matrix as int8 numbers and one scale.
 
-Decoding reads every weight for each step, so a quarter of the bytes (of float32; half of bf16) is nearly that much less
-time. Activations keep their dtype; a fused product widens the weights on their way to the cube.
+Decoding reads every weight for each step, so half the bytes of bf16 (a quarter of float32's) can be as much less time.
+Activations keep their dtype; a fused product widens the weights on their way to the cube. What that costs decides how
+much is left of the gain: nearly all where it happens beside the cube, less where other cores do it and hand over.
 
     quantise_weights(model)     # the linear layers but the unembedding; routed experts stay as they are
 """

@@ -9,8 +9,8 @@ from importlib import import_module
 
 PLACES = {
     "batch_choices": "training", "loss_curve": "training", "memory_over_step": "memory", "phase_bars": "phases",
-    "error_of_2n": "arithmetic", "step_beside_inference": "beside", "token_flops": "arithmetic",
-    "ladder": "cores", "pipes": "cores",
+    "error_of_2n": "arithmetic", "frontier": "serving", "step_beside_inference": "beside", "token_flops": "arithmetic",
+    "ladder": "cores", "pipes": "cores", "bytes_over_context": "peaks", "peak_bars": "peaks",
     "quantity": "units", "rate_over": "roofs", "roofline": "roofs", "time_budget": "training", "timeline": "streams",
     "utilisation_curve": "training",
 }  # fmt: skip

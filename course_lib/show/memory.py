@@ -47,15 +47,23 @@ def memory_over_step(ledger: Ledger, capacity: int | None = None, title: str = "
 
 
 def _mark_phases(ax: object, ledger: Ledger, height: float) -> None:
-    """The span of each run of one phase that is long enough to be named, as a bracket near the top."""
-    width = ledger.records[-1].launched - ledger.records[0].launched
+    """The span of each run of one phase that is long enough to be seen, as a bracket near the top.
+
+    Where phases alternate, as in recomputation, only the first run of each is named, in two rows.
+    """
+    width = (ledger.records[-1].launched - ledger.records[0].launched) / PS_PER_US
+    runs = []
     for phase, run in groupby((r for r in ledger.records if r.phase != "other"), key=lambda r: r.phase):
         launched = [(r.launched - ledger.began) / PS_PER_US for r in run]
-        if (launched[-1] - launched[0]) * PS_PER_US < 0.02 * width:
-            continue
+        if launched[-1] - launched[0] >= 0.02 * width:
+            runs.append((phase, launched[0], launched[-1]))
+    phases = list(dict.fromkeys(phase for phase, *_ in runs))
+    for place, (phase, begin, end) in enumerate(runs):
         colour, _ = style.look_of(phase, style.PHASES)
-        ax.plot([launched[0], launched[-1]], [height, height], color=colour, linewidth=8, solid_capstyle="butt")
-        ax.text((launched[0] + launched[-1]) / 2, 0.975 * height, phase, ha="center", va="top")
+        ax.plot([begin, end], [height, height], color=colour, linewidth=8, solid_capstyle="butt")
+        if phase not in [earlier for earlier, *_ in runs[:place]]:
+            row = phases.index(phase) % 2 if len(runs) > len(phases) else 0
+            ax.text((begin + end) / 2, (0.975 - 0.055 * row) * height, phase, ha="center", va="top")
 
 
 def sentence(ledger: Ledger, capacity: int | None) -> str:

@@ -54,7 +54,7 @@ def peak_sentence(ways: Mapping[str, tuple[Mapping[str, int], float]], capacity:
 
 def bytes_over_context(
     contexts: Sequence[int], closed: Mapping[str, Sequence[float]], measured: Mapping[str, Mapping[int, int]],
-    capacity: int, title: str = "What one sequence needs, by its length",
+    capacity: int, title: str = "Kept for one sequence, by its length",
 ) -> None:  # fmt: skip
     """A line for each closed form over the ``contexts``, markers where it was ``measured``; logarithmic axes."""
     with style.figure(height=4.8) as (_, ax):

@@ -23,8 +23,9 @@ from course_lib.lessons.check.lesson04 import (
     check_ridge_point,
     check_rows_to_fill,
 )
+from course_lib.lessons.check.lesson05 import check_batch_limit, check_tokens_per_pass, check_tpot
 from course_lib.lessons.check.lesson06 import check_learning_rate, check_mfu, check_tile_efficiency
-from course_lib.lessons.solutions import lesson00, lesson01, lesson02, lesson04, lesson06
+from course_lib.lessons.solutions import lesson00, lesson01, lesson02, lesson04, lesson05, lesson06
 
 CHECKS = {
     check_product_flops: lesson00.product_flops,
@@ -42,6 +43,9 @@ CHECKS = {
     check_adamw_seconds: lesson02.adamw_seconds,
     check_tokens_per_step: lesson02.tokens_per_step,
     check_training_days: lesson02.training_days,
+    check_batch_limit: lesson05.batch_limit,
+    check_tpot: lesson05.tpot,
+    check_tokens_per_pass: lesson05.tokens_per_pass,
     check_learning_rate: lesson06.learning_rate,
     check_mfu: lesson06.mfu_causal,
     check_tile_efficiency: lesson06.tile_efficiency,
@@ -117,6 +121,25 @@ MISTAKES = [
     (check_training_days, lambda n, d, c, p, u: 6 * n * d / (c * p) / 86400, "at the full peak"),
     (check_training_days, lambda n, d, c, p, u: 6 * n * d / (c * p * u), "those are seconds"),
     (check_training_days, lambda n, d, c, p, u: 6 * n * d / (p * u) / 86400, "at the same time"),
+    (check_batch_limit, lambda C, W, L, G, K, s, T: (C - W) // (L * G * K * s * T), "two tensors"),
+    (check_batch_limit, lambda C, W, L, G, K, s, T: (C - W) // (2 * G * K * s * T), "every layer"),
+    (check_batch_limit, lambda C, W, L, G, K, s, T: (C - W) // (2 * L * G * K * T), "an element has `size`"),
+    (check_batch_limit, lambda C, W, L, G, K, s, T: (C - W) // (2 * L * G * K * s), "all tokens of its context"),
+    (check_batch_limit, lambda C, W, L, G, K, s, T: C // (2 * L * G * K * s * T), "weights are in that memory"),
+    (check_batch_limit, lambda C, W, L, G, K, s, T: (C - W) / (2 * L * G * K * s * T), "round down"),
+    (check_batch_limit, lambda C, W, L, G, K, s, T: (C - W) // (2 * L * G * K * s * T), "the answer is 0"),
+    (check_tpot, lambda N, s, B, T, kv, p, b: s * N / b + B * T * kv / b, "the cube needs longer"),
+    (check_tpot, lambda N, s, B, T, kv, p, b: 2 * N * B / p + B * T * kv / b, "have to be read"),
+    (check_tpot, lambda N, s, B, T, kv, p, b: max(s * N / b, 2 * N * B / p), "each reader's cache"),
+    (check_tpot, lambda N, s, B, T, kv, p, b: max(s * N / b, 2 * N * B / p) + T * kv / b, "belongs to one reader"),
+    (check_tpot, lambda N, s, B, T, kv, p, b: B * (s * N + T * kv) / b, "read once for all readers"),
+    (check_tpot, lambda N, s, B, T, kv, p, b: max(s * N / b, 2 * N * B / p) + B * kv / b, "all tokens so far"),
+    (check_tpot, lambda N, s, B, T, kv, p, b: s * N / b + 2 * N * B / p + B * T * kv / b, "the longer one"),
+    (check_tpot, lambda *given: 1e3 * lesson05.tpot(*given), "not milliseconds"),  # units
+    (check_tokens_per_pass, lambda a, n: 1 + n * a, "those before it"),
+    (check_tokens_per_pass, lambda a, n: lesson05.tokens_per_pass(a, n) - 1, "the model's own"),
+    (check_tokens_per_pass, lambda a, n: 1 + a**n, "if only some"),
+    (check_tokens_per_pass, lambda a, n: 1.0 + n, "every draft"),
     (check_learning_rate, lambda s, n, w, top: top, "the rate falls"),
     (
         check_learning_rate,

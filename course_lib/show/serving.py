@@ -40,8 +40,8 @@ def frontier(
             end = (1e3 * seconds[-1], batches[-1] / seconds[-1])
             rim = {"markersize": 14, "markeredgecolor": "black", "markeredgewidth": 2, "zorder": 5}
             ax.plot(*end, color=colour, marker=marker, **rim)
-            above = {"textcoords": "offset points", "ha": "center", "weight": "bold", "zorder": 6}
-            ax.annotate(f"{batches[-1]:,}", end, (0, 13), **above)
+            beside = {"textcoords": "offset points", "va": "center", "weight": "bold", "zorder": 6}
+            ax.annotate(f"{batches[-1]:,}", end, (13, -8), **beside)
         if bound:
             ax.axvline(1e3 * bound, color="black", linestyle=":", linewidth=1.8)
             ax.text(1e3 * bound * 1.02, bottom * 1.1, f" {1e3 * bound:g} ms", va="bottom")

@@ -62,6 +62,7 @@ conformance: $(ready) ## hold the device to PyTorch's own operator samples, all 
 
 bench: $(ready) ## print the speed of the emulation on this machine
 	$(run) tests/bench.py
+	$(run) tests/bench_core.py
 
 lock: ## write requirements.lock anew; PYTHON is to be the oldest Python allowed
 	rm -rf build/lock && "$(PYTHON)" -m venv build/lock

@@ -1,4 +1,4 @@
-"""How fast the emulated core is on this machine: ``python tests/bench_core.py``. Figures, no test: machines are noisy."""
+"""How fast the emulated core and the cost of operators are on this machine: ``make bench``. Figures, no test: machines are noisy."""
 
 import random
 import time

@@ -122,12 +122,18 @@ def gru_cell_backward(grad: Tensor, saved: Tensor, has_bias: bool) -> tuple:
     return of_input, of_hidden, grad * z, of_input.sum(0) if has_bias else None, of_hidden.sum(0) if has_bias else None
 
 
+def histc(x: Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Tensor:
+    """Counts per bin, of integers too: accelerators have that, the CPU has not, and mixtures of experts use it."""
+    return torch.histc(x, bins, low, high) if x.is_floating_point() else torch.histc(x.double(), bins, low, high).to(x.dtype)
+
+
 # Operators with a decomposition of our own
 OWN = {aten.scaled_dot_product_attention.default: attention, aten.rms_norm.default: rms_norm}
 KERNELS = {
     aten._fused_rms_norm.default: rms_norm_forward, aten._fused_rms_norm_backward.default: rms_norm_backward,
     aten._thnn_fused_lstm_cell.default: lstm_cell, aten._thnn_fused_lstm_cell_backward_impl.default: lstm_cell_backward,
     aten._thnn_fused_gru_cell.default: gru_cell, aten._thnn_fused_gru_cell_backward.default: gru_cell_backward,
+    aten.histc.default: histc,
 }
 # PyTorch's bindings that take the arguments of an operator as they are, and a shorter way to it than the operator's own object
 BINDINGS = {

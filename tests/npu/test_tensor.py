@@ -636,3 +636,10 @@ def test_errors_of_operators(wrong, error, words) -> None:
     with pytest.raises(error, match=words):
         wrong()
     assert (torch.ones(1, device="npu") + 1).item() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
+def test_histogram_of_integers_as_on_accelerators(dtype: torch.dtype) -> None:
+    chosen = torch.tensor([0, 3, 3, 1, 7, 3, 9])
+    found = torch.histc(chosen.to("npu", dtype), bins=8, min=0, max=7)
+    assert found.dtype == dtype and found.cpu().tolist() == [1, 1, 0, 3, 0, 0, 0, 1]

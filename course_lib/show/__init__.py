@@ -11,6 +11,7 @@ PLACES = {
     "batch_choices": "training", "loss_curve": "training", "memory_over_step": "memory", "phase_bars": "phases",
     "error_of_2n": "arithmetic", "frontier": "serving", "step_beside_inference": "beside", "token_flops": "arithmetic",
     "ladder": "cores", "pipes": "cores", "bytes_over_context": "peaks", "peak_bars": "peaks",
+    "formats": "ruler", "magnitudes": "ruler",
     "quantity": "units", "rate_over": "roofs", "roofline": "roofs", "time_budget": "training", "timeline": "streams",
     "utilisation_curve": "training",
 }  # fmt: skip

@@ -11,6 +11,7 @@ by row but in fractals, blocks of 16 rows × 32 bytes that one cycle consumes wh
 C0 is 32 bytes' worth of elements: 16 of float16, 8 of float32, 32 of int8; in L0C it is 16.
 """
 
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -27,15 +28,25 @@ LINE_BYTES = 512  # of the L2
 LAYOUTS = {"UB": "ND", "L1": "zN", "L0A": "zZ", "L0B": "nZ", "L0C": "zN", "BT": "ND"}
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """Global memory by name, for messages about instructions that do not reach it."""
+
+    name: str = "GM"
+
+
 class GlobalTensor:
     """A matrix (rows, cols) or vector (n) in global memory, or a rectangle of one. Slicing gives the rectangle.
 
     ``values``: what `tensor` made it of, stored as ``dtype``; None in programs that are only timed.
     """
 
+    buffer = _Memory()
+
     def __init__(self, shape: tuple[int, ...], dtype: str, stored: np.ndarray | None = None, name: str = "") -> None:
         if len(shape) not in (1, 2) or min(shape) < 1:
-            raise WrongOperand(f"a tensor in GM is a vector or a matrix and not empty; found the shape {shape}")
+            which = f"{name}: " if name else ""
+            raise WrongOperand(f"{which}a tensor in GM is a vector or a matrix and not empty; found the shape {shape}")
         self.shape, self.dtype, self.stored, self.name = tuple(shape), dtype, stored, name
         self.whole, self.origin = self, (0, 0)
         self.bytes = prod(self.shape) * DTYPES[dtype]
@@ -81,7 +92,11 @@ def tensor(values: np.ndarray, dtype: str | None = None, name: str = "") -> Glob
     values = np.asarray(values)
     dtype = dtype or values.dtype.name
     if dtype not in STORED:
-        raise WrongOperand(f"no values of dtype {dtype!r} in GM; use one of {', '.join(STORED)}, or time without values")
+        which = f"{name}: " if name else ""
+        raise WrongOperand(
+            f"{which}no values of dtype {dtype!r} in GM; convert, as in values.astype(np.float32), to one of "
+            f"{', '.join(STORED)}, or time without values"
+        )
     return GlobalTensor(values.shape, dtype, np.ascontiguousarray(encode(values, dtype)), name)
 
 
@@ -123,7 +138,7 @@ class LocalTensor:
 
     def __init__(self, buffer: Buffer, start: int, shape: tuple[int, ...], dtype: str, parent: int) -> None:
         if dtype not in DTYPES:
-            raise WrongOperand(f"no dtype named {dtype!r}; use one of {', '.join(DTYPES)}")
+            raise WrongOperand(f"no dtype named {dtype!r}; use one of {', '.join(STORED)}")
         self.buffer, self.start, self.dtype, self.parent = buffer, start, dtype, parent
         if dtype not in STORED and (buffer.memory is not None or dtype == "float4_e2m1fn_x2"):
             raise WrongOperand(f"no values of dtype {dtype!r} in {buffer.name}; use one of {', '.join(STORED)}")
@@ -143,7 +158,11 @@ class LocalTensor:
             raise WrongOperand(f"{self.buffer.name}: a tensor is a vector or a matrix and not empty; found {shape}")
         if self.layout == "ND":
             if shape[-1] * self.size % BLOCK:
-                raise Misaligned(f"{self.buffer.name}: {shape[-1]} elements of {self.dtype} are no multiple of {BLOCK} B")
+                unit = BLOCK // self.size
+                raise Misaligned(
+                    f"{self.buffer.name}: {shape[-1]} elements of {self.dtype} are no multiple of {BLOCK} B; round up to "
+                    f"{-(-shape[-1] // unit) * unit}"
+                )
             return shape
         if len(shape) == 1:
             raise WrongOperand(f"{self.buffer.name} holds matrices in fractals; give (rows, cols), not {shape}")

@@ -22,11 +22,15 @@ from course_lib.chip.core.rules import THOUSANDTHS, Rules
 
 @dataclass(slots=True, eq=False)
 class Flag:
-    """An event id of one pair of pipes. ``consumed``: how far the waiting pipe was when it last cleared the flag."""
+    """An event id of one pair of pipes. ``consumed``: how far the waiting pipe was when it last cleared the flag.
+
+    ``more``: further sets before it was cleared, which is an error; they count, so that what lies behind it is found.
+    """
 
     waiter: Pipe
     set_at: int = -1
     known: list[int] | None = None
+    more: list[tuple[int, list[int]]] | None = None
     consumed: int = -1
     waiting: bool = False
 
@@ -53,6 +57,7 @@ class Engine:
         self.events: list[tuple[int, Instruction, int, int]] = []
         self.results: list[tuple[int, Instruction]] = []
         self.early: list[tuple[Region, str, str]] = []  # reads of what nobody had written when they were looked at
+        self.set_twice: FlagError | None = None  # the first; told when the run is over, for a race tells more
         self.ready: list[tuple[int, int, int]] = []  # (cycle, asked for since, pipe): pipes that may go on
 
     def _pipes(self, unit: int, port: int) -> dict[str, Pipe]:
@@ -63,7 +68,7 @@ class Engine:
             text = f"{self.units[unit]} {name}" if len(self.cores) > 1 else name
             number = len(self.pipes)
             domain, slot, known = (0, number, everywhere) if self.cross.used else (unit, slot, len(queues))
-            made[name] = Pipe(number, unit, name, text, port, domain, slot, queue.instructions, queue.issued, [0] * known)
+            made[name] = Pipe(number, unit, name, text, port, domain, slot, queue.instructions, queue.issued, [0] * known, made)
             self.pipes.append(made[name])
         return made
 
@@ -210,14 +215,32 @@ class Engine:
         flag = self._flag(pipe.unit, instruction.flag)
         waiter = flag.waiter
         if flag.set_at >= 0 or flag.consumed > pipe.known[waiter.slot]:
-            raise FlagError(
-                f"{instruction.name} on {pipe.text} sets a flag that may still be set: nothing makes it come after "
-                f'{waiter.text} has waited for it; set it back by a flag "{waiter.name}_{pipe.name}", or take another id'
-            )
+            self.set_twice = self.set_twice or self._set_twice(pipe, waiter, instruction)
+        if flag.set_at >= 0:
+            flag.more = [*(flag.more or ()), (at, pipe.known.copy())]
+            return
         flag.set_at, flag.known = at, pipe.known.copy()
         if flag.waiting:
             flag.waiting = False
             self._wake(waiter, at)
+
+    def _set_twice(self, pipe: Pipe, waiter: Pipe, instruction: Instruction) -> FlagError:
+        """What to say of a flag that is set where it may still be set. Raises it where the program has no wait between."""
+        event, event_id = instruction.flag
+        issued = pipe.issued[pipe.position]
+        sets = sum(i.kind == "set" and i.flag == instruction.flag for i in pipe.instructions[: pipe.position])
+        waits = sum(
+            i.kind == "wait" and i.flag == instruction.flag and at < issued for i, at in zip(waiter.instructions, waiter.issued)
+        )
+        if sets > waits:
+            raise FlagError(
+                f"{instruction.name} on {pipe.text} sets a flag that is still set: between it and the SetFlag before there is "
+                f'no WaitFlag("{event}", {event_id}); add it, leave one SetFlag out, or take another id'
+            )
+        return FlagError(
+            f"{instruction.name} on {pipe.text} sets a flag that may still be set: nothing makes it come after "
+            f'{waiter.text} has waited for it; set it back by a flag "{waiter.name}_{pipe.name}", or take another id'
+        )
 
     def _wait(self, pipe: Pipe, instruction: Instruction, start: int) -> bool:
         flag = self._flag(pipe.unit, instruction.flag)
@@ -227,6 +250,8 @@ class Engine:
         pipe.free = max(start, flag.set_at)
         pipe.known[:] = map(max, pipe.known, flag.known)
         flag.set_at, flag.consumed = -1, pipe.position + 1
+        if flag.more:
+            (flag.set_at, flag.known), *flag.more = flag.more
         return True
 
     def _barrier(self, pipe: Pipe, start: int) -> bool:
@@ -258,6 +283,8 @@ class Engine:
     # -- the end ------------------------------------------------------------------------------------
 
     def _ended(self) -> None:
+        if self.check and self.set_twice:
+            raise self.set_twice
         waiting = [pipe for pipe in self.pipes if pipe.position < len(pipe.instructions)]
         if waiting:
             lines = [self._why(pipe) for pipe in waiting]

@@ -6,6 +6,7 @@ them). An access races with an earlier one of another pipe if that one's count i
 of cores between which no flag can pass, being of different domains, know nothing of each other.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class Pipe:
     instructions: "list[Instruction]"
     issued: list[int]
     known: list[int]
+    family: "dict[str, Pipe]"  # the pipes of its core
     position: int = 0
     stops: int = 0  # of the scalar unit that lie before
     free: int = 0  # cycle in which the next instruction can start
@@ -125,7 +127,7 @@ def check_write(region: Region, pipe: Pipe, name: str, count: int) -> None:
     for other in region.overlaps:
         writer = other.writer
         if writer is not None and writer is not pipe and (writer.domain != domain or other.write_count > known[writer.slot]):
-            raise _written_twice(region, (writer, other.write_count, other.write_name), write)
+            raise _overwritten(region, (writer, other.write_count, other.write_name), write)
         for reader, (read_count, read_name, fresh) in other.readers.items():
             if reader is pipe or (reader.domain == domain and read_count <= known[reader.slot]):
                 continue
@@ -144,26 +146,52 @@ def _comes_first(one: Access, other: Access) -> bool:
     return one[0].unit == other[0].unit and one[0].issued[one[1] - 1] < other[0].issued[other[1] - 1]
 
 
+def _last_before(access: Access, *uses: str) -> Access | None:
+    """The last instruction of another pipe, in program order, that ``uses`` ("reads", "writes") what ``access`` uses.
+
+    The one whose flag is missing: it may be yet to come, while an older one was found. None where it is known to be done.
+    """
+    pipe, count, _ = access
+    own, issued, found = _instruction(access), pipe.issued[count - 1], None
+    same = {other for region in (own.reads if "reads" not in uses else own.writes) for other in region.overlaps}
+    for other in pipe.family.values():
+        for position in range(bisect_left(other.issued, issued) - 1, -1, -1):
+            instruction = other.instructions[position]
+            if not same.isdisjoint(region for use in uses for region in getattr(instruction, use)):
+                if found is None or other.issued[position] > found[0].issued[found[1] - 1]:
+                    found = other, position + 1, instruction.name
+                break
+    return None if found is None or found[0] is pipe or found[1] <= pipe.known[found[0].slot] else found
+
+
 def _too_early(region: Region, write: Access, read: Access) -> DataRace:
+    if write[0].unit == read[0].unit:
+        write = _last_before(read, "writes") or write
     return DataRace(
         f"{read[2]} on {read[0].text} reads {region} while {write[2]} on {write[0].text} may still be writing it; "
         f"{_cure(write[0], read[0])}"
     )
 
 
-def _overwritten(region: Region, read: Access, write: Access) -> DataRace:
+def _overwritten(region: Region, use: Access, write: Access) -> DataRace:
+    """``write`` comes while another pipe may still be using what it writes."""
+    if _comes_first(write, use):
+        use, write = write, use
+    if use[0].unit == write[0].unit:
+        use = _last_before(write, "reads", "writes") or use
+    start = f"{write[2]} on {write[0].text}"
+    if any(other in region.overlaps for other in _instruction(use).reads):
+        return DataRace(
+            f"{start} overwrites {region} while {use[2]} on {use[0].text} may still be reading it; "
+            f"{_cure(use[0], write[0])}, or use a second buffer"
+        )
     return DataRace(
-        f"{write[2]} on {write[0].text} overwrites {region} while {read[2]} on {read[0].text} may still be reading it; "
-        f"{_cure(read[0], write[0])}, or use a second buffer"
+        f"{start} writes {region} while {use[2]} on {use[0].text} may still be writing it; {_cure(use[0], write[0])}"
     )
 
 
-def _written_twice(region: Region, one: Access, other: Access) -> DataRace:
-    first, then = (other, one) if _comes_first(other, one) else (one, other)
-    return DataRace(
-        f"{then[2]} on {then[0].text} writes {region} while {first[2]} on {first[0].text} may still be writing it; "
-        f"{_cure(first[0], then[0])}"
-    )
+def _instruction(access: Access) -> "Instruction":
+    return access[0].instructions[access[1] - 1]
 
 
 def _cure(first: Pipe, then: Pipe) -> str:

@@ -40,7 +40,8 @@ class Core(VectorUnit):
                 raise IllegalPath("L0C is emptied by Fixpipe, not by DataCopy")
             self._issue(pipe, ("DataCopy", dst, src), lambda: self._move("DataCopy", dst, src))
         else:
-            raise IllegalPath("DataCopy needs a tensor in one of the core's buffers on one side; GM→GM goes through UB")
+            found = " to ".join("GM" if isinstance(t, GlobalTensor) else type(t).__name__ for t in (src, dst))
+            raise IllegalPath(f"DataCopy needs a tensor in one of the core's buffers on one side, and GM→GM goes through UB; found {found}")
 
     def LoadData(self, dst: LocalTensor, src: LocalTensor, transpose: bool = False) -> None:
         """A tile from L1 to L0A or L0B, fractals rearranged; ``transpose``: ``src`` is (cols, rows) of ``dst``."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,8 @@ def launch(
     NumPy arrays among the arguments become tensors in GM and get the results when the run ends; `tensor` makes one in
     a dtype that NumPy lacks, `empty` one without values. ``unit``: "AIC", "AIV", or "MIX" for AI cores of one AIC and
     its AIVs, where the kernel is recorded once for each and looks at ``core.unit``. ``numerics=False``, or an argument
-    without values, only times. ``check=False`` lets data races pass, to be seen in the numbers.
+    without values, only times. ``check=False`` lets data races pass, to be seen in the numbers, and flags that may still
+    be set when they are set again.
 
     Raises CoreError for what a real core would punish, WrongOperand for a bad argument.
     """
@@ -157,6 +159,8 @@ def _argument(argument: object, position: int, made: dict[int, GlobalTensor]) ->
         if id(argument) not in made:
             made[id(argument)] = tensor(argument, name=f"GM{position}")
         return made[id(argument)]
+    if hasattr(argument, "__array__") and not isinstance(argument, (np.generic, GlobalTensor)):
+        raise WrongOperand(f"argument {position} is a {type(argument).__name__}; give a NumPy array, tensor(…) or empty(…)")
     if isinstance(argument, GlobalTensor) and not argument.name:
         argument.name = f"GM{position}"
     return argument
@@ -169,8 +173,8 @@ def _cores(how: Rules, unit: str, blocks: int, numerics: bool) -> tuple[list[Cor
     if unit not in (AIC, AIV, MIX):
         raise WrongOperand(f"unit is {unit!r}; use AIC, AIV or MIX")
     most = spec.vector_cores if unit == AIV and how.split else spec.cube_cores
-    if not (isinstance(blocks, int) and 1 <= blocks <= most):
-        raise WrongOperand(f"{spec.title} has {most} cores of kind {unit}; blocks is {blocks!r}")
+    if not (isinstance(blocks, Integral) and 1 <= blocks <= most):
+        raise WrongOperand(f"{spec.title} has {most} cores of kind {unit}; blocks is {blocks!r}, and has to be 1 to {most}")
     if not how.split:
         if unit == MIX:
             raise IllegalPath(f"{spec.title} has one core with cube and vector unit; launch with unit AIC")

@@ -89,11 +89,17 @@ class Recorder:
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         there = self.buffers
-        if buffer not in there and buffer in ("UB", "L1"):
+        if buffer not in there and buffer in ("UB", "L1") and (len(self.siblings) > 1 or self._wired(buffer)):
             there = self._across(buffer, 1 + sub_block if buffer == "UB" else 0)
         if buffer not in there:
-            raise IllegalPath(f"an {self.unit} of {self.spec.title} has no {buffer}; its buffers are {', '.join(there)}")
+            kind = {**dict.fromkeys(CUBE_BUFFERS, AIC), **dict.fromkeys(VECTOR_BUFFERS, AIV)}.get(buffer, self.unit)
+            cure = "" if kind == self.unit else f"; an {kind} has it: launch(…, unit={kind!r}), or 'MIX' for both"
+            raise IllegalPath(f"an {self.unit} of {self.spec.title} has no {buffer}; its buffers are {', '.join(there)}{cure}")
         return there[buffer].allocate(shape, dtype, address)
+
+    def _wired(self, buffer: str) -> bool:
+        """Does a wire lead from this kind of core to ``buffer`` of the other?"""
+        return self.spec.figures.value("paths.l0c_ub" if buffer == "UB" else "paths.ub_l1") is not None
 
     def _across(self, buffer: str, sibling: int) -> dict[str, Buffer]:
         """The buffers of another core of this AI core, to which a wire must lead."""

@@ -7,6 +7,7 @@ and float32 but not bfloat16: `Cast` first.
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 
 import numpy as np
 
@@ -120,6 +121,12 @@ class VectorUnit(Recorder):
     def _elementwise(
         self, name: str, latency: str, function: Function, dst: LocalTensor, sources: tuple[LocalTensor, ...], scalar: float | None
     ) -> Instruction:
+        if scalar is not None and not isinstance(scalar, Real):
+            raise WrongOperand(f"{name} takes a number last, not {scalar!s}; on two tensors work Add, Sub, Mul, Div, Max, Min")
+        for operand in (dst, *sources):
+            if isinstance(operand, Real):
+                raise WrongOperand(f"{name} works on tensors, and {operand!r} is a number; Adds and Muls take one")
+            self._in_ub(name, operand)
         for position, source in enumerate(sources):
             column = position == 1 and len(dst.shape) == 2 and source.shape == (dst.shape[0], BLOCK // source.size)
             if source.shape != dst.shape and not column:
@@ -143,8 +150,7 @@ class VectorUnit(Recorder):
     ) -> Instruction:  # fmt: skip
         dst = dst or shape
         for operand in (dst, *sources):
-            if operand.buffer.name != "UB":
-                raise IllegalPath(f"{name} works on UB, and {operand} lies in {operand.buffer.name}")
+            self._in_ub(name, operand)
             if name != "Cast" and not self.spec.vector_has(operand.dtype):
                 raise WrongOperand(f"{name}: the vector unit of {self.spec.title} has no {operand.dtype}; Cast to float32 first")
         if name in FLOATS_ONLY and dst.dtype == "int32":
@@ -152,6 +158,10 @@ class VectorUnit(Recorder):
         cycles = self.rules.vector(elements, shape.dtype, latency, rows)
         flops = 0 if name in ("Cast", "Duplicate", "Brcb") else elements * rows
         return Instruction(name, "work", cycles, 0, tuple(s.region for s in sources), (dst.region,), action=action, flops=flops)
+
+    def _in_ub(self, name: str, operand: LocalTensor) -> None:
+        if operand.buffer.name != "UB":
+            raise IllegalPath(f"{name} works on UB, and {operand} lies in {operand.buffer.name}")
 
 
 # -- the arithmetic -----------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_shapes_that_cannot_be() -> None:
     refused(WrongOperand, "slices are start:stop", lambda core: core.LocalTensor("UB", 64, "float16")[::2], "AIV")
     refused(WrongOperand, "the slice 64:80 lies outside", lambda core: core.LocalTensor("UB", 64, "float16")[64:80], "AIV")
     refused(IllegalPath, "an AIV of Ascend 910B2 has no L0A; its buffers are UB", lambda core: core.LocalTensor("L0A", (16, 16), "float16"), "AIV")
-    refused(IllegalPath, "has no path UB→L1; go through GM", lambda core: core.LocalTensor("L1", (16, 16), "float16"), "AIV")
+    refused(IllegalPath, "has no L1; its buffers are UB; an AIC has it", lambda core: core.LocalTensor("L1", (16, 16), "float16"), "AIV")
     for shape in ((), (0,), (4, 0), (2, 2, 2)):
         with pytest.raises(WrongOperand, match="not empty"):
             empty(*shape)

@@ -191,6 +191,31 @@ def test_edge_tiles_share_their_place_with_whole_ones() -> None:
         launch(run, A2, np.zeros((32, 32), np.float16))
 
 
+@pytest.mark.parametrize(
+    ("missing", "then", "first"),
+    [("MTE2_V", "Adds on V", "DataCopy on MTE2"), ("V_MTE3", "DataCopy on MTE3", "Adds on V"), ("MTE3_MTE2", "DataCopy on MTE2", "DataCopy on MTE3")],
+)
+def test_a_loop_without_one_of_its_flags(missing: str, then: str, first: str) -> None:
+    """The message names the last use in program order, and the flag that is missing; unchecked, the loop runs."""
+
+    def body(core: object, x: object, y: object, a: object, b: object, c: object) -> None:
+        for turn in range(3):
+            if turn and missing != "MTE3_MTE2":
+                both(core, "MTE3_MTE2")
+            core.DataCopy(a, x)
+            if missing != "MTE2_V":
+                both(core, "MTE2_V")
+            core.Adds(a, a, 1.0)
+            if missing != "V_MTE3":
+                both(core, "V_MTE3")
+            core.DataCopy(y, a)
+
+    races(rf'^{then} .*UB@0\[0:256\] while {first} may still be (reading|writing) it; add SetFlag\("{missing}", id\)', body)
+    x, y = np.arange(N, dtype=np.float32), np.zeros(N, np.float32)
+    launch(kernel(body), A2, x, y, unit="AIV", check=False)
+    assert (y != x + 1).any()
+
+
 # -- nothing written yet ----------------------------------------------------------------------------------
 
 

@@ -2,14 +2,16 @@
 
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from course_lib.chip.core import WrongOperand, empty, launch, tensor
+from course_lib.chip.core import IllegalPath, Misaligned, WrongOperand, empty, launch, tensor
 from course_lib.chip.core.kernels.elementwise import add
 from course_lib.chip.core.kernels.matmul import k_split, matmul
 from course_lib.chip.figures import UnknownFigure
@@ -139,3 +141,36 @@ def test_host_time_is_bounded() -> None:
     a = np.ones((512, 512), np.float16)
     launch(k_split, A2, a, a.copy(), np.zeros((512, 512), np.float32))
     assert time.perf_counter() - began < 20
+
+
+def test_messages_name_the_argument_and_the_cure() -> None:
+    def kernel(core: object, *_: object) -> None:
+        core.LocalTensor("UB", 1001, "float32")
+
+    ones = np.ones(16, np.float32)
+    for text, error, arguments, options in (
+        (r"GM1: no values of dtype 'float64' .*astype\(np.float32\)", WrongOperand, (ones, np.ones(16)), {}),
+        (r"GM0: a tensor in GM is a vector or a matrix .*\(2, 2, 2\)", WrongOperand, (np.ones((2, 2, 2), np.float32),), {}),
+        (r"blocks is 0, and has to be 1 to 48", WrongOperand, (ones,), {"blocks": 0}),
+        (r"1001 elements of float32 .* round up to 1008", Misaligned, (ones,), {}),
+        (r"an AIC of Ascend 910B2 has no UB; .* unit='AIV'", IllegalPath, (ones,), {"unit": "AIC"}),
+        (r"argument 0 is a Tensor; give a NumPy array", WrongOperand, (torch.ones(16),), {}),
+    ):
+        with pytest.raises(error, match=text):
+            launch(kernel, "ascend-910b2", *arguments, **{"unit": "AIV"} | options)
+
+
+def test_operands_that_are_no_tensors_in_a_buffer() -> None:
+    def program(body: Callable) -> Callable:
+        return lambda core, x: body(core, x, core.LocalTensor("UB" if core.unit == "AIV" else "L0A", (16, 16), "float32"))
+
+    for text, unit, body in (
+        ("LoadData goes from L1 to L0A or L0B, not from GM to L0A", "AIC", lambda core, x, a: core.LoadData(a, x)),
+        ("Mmad takes its operands from .* found L0A, GM, L0A", "AIC", lambda core, x, a: core.Mmad(a, x, a)),
+        ("no path GM→L0A", "AIC", lambda core, x, a: core.Fixpipe(a, x)),
+        (r"Exp works on UB, and GM0\[.*lies in GM", "AIV", lambda core, x, a: core.Exp(a, x)),
+        (r"Adds takes a number last, not UB@0", "AIV", lambda core, x, a: core.Adds(a, a, a)),
+        (r"Add works on tensors, and 1.0 is a number; Adds", "AIV", lambda core, x, a: core.Add(a, a, 1.0)),
+    ):
+        with pytest.raises((IllegalPath, WrongOperand), match=text):
+            launch(program(body), "ascend-910b2", np.ones((16, 16), np.float32), unit=unit)

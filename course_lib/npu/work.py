@@ -162,7 +162,9 @@ def _places(name: str, args: tuple) -> int:
 
 
 def product(batch: int, m: int, k: int, n: int, dtype: torch.dtype) -> Matmul:
-    """A product (M, K) × (K, N) for each of ``batch``; a complex one is four real ones."""
+    """A product (M, K) × (K, N) for each of ``batch``; a complex one is four real ones, and float4 lies two to an element."""
+    if dtype == torch.float4_e2m1fn_x2:
+        k *= 2
     if dtype.is_complex:
         return Matmul(4 * batch, m, k, n, dtype_name(dtype.to_real()))
     return Matmul(batch, m, k, n, dtype_name(dtype))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from course_lib import npu
 from course_lib.npu import runtime
-from course_lib.npu.work import ADAMW, attention_pairs
+from course_lib.npu.work import ADAMW, attention_pairs, product
 
 I64 = torch.int64
 
@@ -317,3 +317,8 @@ def test_what_is_remembered_holds_no_tensors() -> None:
     once = state()
     program()
     assert state() == once
+
+
+def test_float4_lies_two_to_an_element() -> None:
+    packed = product(1, 8, 16, 8, torch.float4_e2m1fn_x2)
+    assert packed.k == 2 * product(1, 8, 16, 8, torch.bfloat16).k

@@ -67,7 +67,8 @@ def table(of: tuple[Row, ...] | None = None) -> str:
     of = of or rows()
     for row in of:
         mark = "calibrated" if row.calibrated else row.reason
-        lines.append(f"| {row.name} | {row.measured:,.4g} {row.unit} | {row.ours:,.4g} {row.unit} | {row.error:+.1%} | {mark} |")
+        unit = "µs" if row.unit == "us" else row.unit
+        lines.append(f"| {row.name} | {row.measured:,.4g} {unit} | {row.ours:,.4g} {unit} | {row.error:+.1%} | {mark} |")
     predicted = [row for row in of if not row.calibrated]
     worst = max(predicted, key=lambda row: abs(row.error))
     lines += ["", f"{len(predicted)} predictions: median error {median_error(of):.1%}, worst {worst.error:+.1%} ({worst.name})."]

@@ -5,12 +5,13 @@ host link)`` and is bound by the largest; by "launch" where that exceeds them al
 
 * **Product.** On a chip whose core is known (buffers, paths: Ascend A2 and later, and `mini`) the pipeline of its cores
   as a closed form, see `tiling`: tiles in L0C, waves over cores, loads from L2 and HBM, emptying L0C. It is bound by
-  "cube", "L1", "L2" or "memory". Other chips go by cores, tiles and waves at the share of their peak that is measured
-  for large products; where not even that is known, by tiles or by the published peak, which is the least it can take.
+  "cube", "L1", "L2" or "memory". Of Ascend before A2 only the cube is known: one of its tiles per core and cycle. Other
+  chips (NVIDIA's) go by tiles of the result in waves over their cores, at the share of the peak that is measured for
+  large products; where not even that is known, at the published peak, which is the least it can take.
 * **Vector.** An elementwise operation is one instruction per 256 bytes. The rate in data sheets counts a fused
   multiply-add as two; only products are made of those, so half of it is what other operations can get.
-* **Exchange.** What cube and vector unit hand each other passes the port through which the products load too, so its
-  time adds to theirs. Operands and results of such products stay in L2.
+* **Exchange.** What cube and vector unit hand each other passes the port through which the products load too, or a wire
+  where the chip has one. Its time adds to the products'. Operands and results of such products stay in L2.
 * **Memory.** Reading goes at the width of the cores' ports or of HBM, whichever is less; a byte written holds HBM longer
   than one read, for HBM turns round between them: by as much as makes a copy reach its measured share. On a chip whose
   core is known, an operator without products also takes its first load and its last store, see `_Rates.stream_ps`.

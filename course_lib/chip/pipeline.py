@@ -10,9 +10,9 @@ waits. All work beside each other, so what counts is what is waited for. After `
     turn     every second stage: load + latency + extraction, for only then is its half of L1 free again
     memory   the first tiles of the result, then all that HBM has still to read and write
 
-and behind each the last drain. Loads depend on who was first to ask (see `sharing`). The core that leads in the first
-stage waits for HBM and then lags behind, where others wait in its place; so two cores are followed, that one and a
-usual one, and the later of the two ends the product.
+After each of the first four the last tile is drained. What a load takes depends on who was first to ask for the bytes
+(see `sharing`). A core that is first waits for HBM, falls behind, and from then on finds in L2 what others have waited
+for. So two cores are followed, that one and a usual one; the later of the two ends the product.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Walk:
     a: int
     b: int
     stages: int
-    part: float  # of k in one stage
+    part: float  # share of k in one stage
     steps: int  # in a stage
     before: int  # whole steps of the last stage, before its last step, which may be shallower
     extract: int
@@ -66,11 +66,11 @@ class Pipeline:
     later_tiles: int  # those after the first wave
     out: int  # bytes of the result
     short: Walk | None  # the tile of the last row, where it has fewer rows and is in the first wave
-    rest: float  # of a tile's rows that are in it
+    rest: float  # share of a whole tile's rows that are in it
     next_b: float  # width of the second column's tile over that of the first
 
     def longest(self) -> tuple[float, str]:
-        """(cycles, "cube", "L1", "L2", "turn" or "memory")."""
+        """(cycles of the longest path, its name: "cube", "L1", "L2", "turn" or "memory")."""
         walk, shared = self.walk, self.shared
         near = self.how.latency["to_l1"]
         lead = self.fill()

@@ -18,7 +18,8 @@ Pair = tuple[int, int]  # of A, of B
 class Sharing:
     """``group`` rows of tiles make a group; ``wide`` cores share a tile of A, ``high`` one of B. Bytes are HBM's.
 
-    Of the sectors in a tile's row of B, a share ``new`` is there for nobody before, and ``sole`` for nobody else.
+    Of the sectors of B that a tile touches, ``new`` is the share that no tile before it has fetched, ``sole`` the share
+    that no neighbour touches.
     """
 
     group: int
@@ -62,7 +63,7 @@ def sharing(size: int, l2: int, cores: int, batch: int, shape: tuple[int, int, i
 
 
 def _groups(square: int, rows: int, cores: int, fits: bool) -> Iterator[int]:
-    """Heights of a group to try: about as many bytes of A as of B, or where L2 does not hold both, others too."""
+    """Heights of a group to try: that with about as many bytes of A as of B; others too where L2 does not hold the matrices."""
     even = isqrt(max(1, square))
     for group in (even,) if fits else (1, even, 2 * even, cores):
         yield max(1, min(group, rows, cores))

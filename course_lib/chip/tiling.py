@@ -1,9 +1,9 @@
 """How a chip cuts a matrix product into tiles, and how many cycles that takes.
 
 A core holds one tile (m, n) of the result in L0C and walks along k. Large tiles load less: 2·m·n·k FLOP need (m + n)·k
-elements. But L0 and L1 have to hold two of what they feed the cube with, and tiles come in waves, one per core, of which
-the last leaves cores idle. So candidates are priced, each by the core's pipeline as a closed form (see `pipeline`), and
-the fastest is taken. tests/chip/test_tiling.py holds the form to the core engine (``course_lib.chip.core``), which goes
+elements. But L0 and L1 have to hold two parts of A and B, one in use and one on its way; and tiles come in waves, one
+tile per core, of which the last may leave cores idle. So candidates are priced, each by the core's pipeline as a closed
+form (see `pipeline`), and the fastest is taken, of equals the largest. tests/chip/test_tiling.py holds the form to the core engine (``course_lib.chip.core``), which goes
 through the same program instruction by instruction.
 """
 
@@ -26,9 +26,11 @@ SIDES = (512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """A tile (m, k, n) of L0, ``steps`` of them along k in one L1 stage, ``group`` rows of tiles in one column's turn.
+    """A tile (m, n) of the result, worked on in steps of ``k``, of which L1 takes ``steps`` at a time (a stage).
 
-    ``cycles`` of the whole product, ``cube_cycles`` of a core's cube; ``bound``: "cube", "L1", "L2" or "memory".
+    ``group``: rows of tiles that are taken together, column by column (see `sharing`). ``waves``: tiles that a core does
+    one after another. ``cycles``: the whole product, from the first load to the last byte in HBM. ``cube_cycles``: how
+    long a core's cube works in that time. ``bound``: "cube", "L1", "L2" or "memory", whichever takes longest.
     """
 
     m: int
@@ -77,7 +79,7 @@ class _Case:
         self.a_extract, self.b_extract = (how.extract(name, large) * self.size / large for name in ("L0A", "L0B"))
 
     def candidates(self) -> list[tuple[int, int]]:
-        """Tiles (m, n) that fit L0C, each the even share of its dimension, so that edge tiles are nearly full."""
+        """The most promising tiles (m, n) that fit L0C, L0A and L0B: even shares of m and n, so that edges are nearly full."""
         rows, cols = _shares(self.m, self.cores, FRACTAL), _shares(self.n, self.cores, self.unit)
         side = min(self.l0a, self.l0b) // (2 * self.unit * self.size)  # two of one step have to fit
         fitting = [(tm, tn) for tm in rows for tn in cols if tm * tn * 4 <= self.l0c and tm <= side and tn <= side]

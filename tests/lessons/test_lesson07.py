@@ -39,25 +39,6 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("exercise", CHECKS, ids=lambda exercise: exercise.__name__)
-def test_solution_is_right(exercise, capsys) -> None:
-    assert exercise(CHECKS[exercise])
-    assert ": right. " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("exercise", CHECKS, ids=lambda exercise: exercise.__name__)
-def test_stub_is_not_attempted(exercise, capsys) -> None:
-    assert not exercise(lambda *arguments: None)
-    assert capsys.readouterr().out.strip().endswith("not attempted yet")
-
-
-@pytest.mark.parametrize(("exercise", "wrong", "hint"), MISTAKES)
-def test_mistake_is_told(exercise, wrong, hint, capsys) -> None:
-    assert not exercise(wrong)
-    said = capsys.readouterr().out
-    assert "not right yet" in said and hint in said
-
-
 def test_the_rows_of_the_exercise_are_the_lessons() -> None:
     """`per_row` is activations and the two temporaries of the loss, by the closed forms."""
     tiny = plan.load_model("course-tiny")

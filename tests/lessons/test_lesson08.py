@@ -57,24 +57,6 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_solution_is_right(check, capsys) -> None:
-    assert check(CHECKS[check])
-    assert ": right. " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_stub_is_not_attempted(check, capsys) -> None:
-    assert not check(lambda *arguments: None)
-    assert capsys.readouterr().out.strip().endswith("not attempted yet")
-
-
-@pytest.mark.parametrize(("check", "mistake", "hint"), MISTAKES)
-def test_mistake_is_told(check, mistake, hint: str, capsys) -> None:
-    assert not check(mistake)
-    assert hint in capsys.readouterr().out
-
-
 def test_rounding_is_torchs() -> None:
     for x in torch.exp2(torch.linspace(-20, 20, 2001, dtype=torch.float64)).tolist():
         assert lesson08.to_bfloat16(x) == torch.tensor(x, dtype=torch.float64).to(torch.bfloat16).item()

@@ -26,6 +26,7 @@ from course_lib.lessons.check.lesson04 import (
 from course_lib.lessons.check.lesson05 import check_batch_limit, check_tokens_per_pass, check_tpot
 from course_lib.lessons.check.lesson06 import check_learning_rate, check_mfu, check_tile_efficiency
 from course_lib.lessons.solutions import lesson00, lesson01, lesson02, lesson04, lesson05, lesson06
+from tests.lessons import test_lesson03, test_lesson07, test_lesson08
 
 CHECKS = {
     check_product_flops: lesson00.product_flops,
@@ -156,6 +157,10 @@ MISTAKES = [
 ]
 
 
+CHECKS |= test_lesson03.CHECKS | test_lesson07.CHECKS | test_lesson08.CHECKS  # lesson 03 tells its mistakes itself
+MISTAKES += test_lesson07.MISTAKES + test_lesson08.MISTAKES
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_solution_is_right(check, capsys) -> None:
     assert check(CHECKS[check])
@@ -171,4 +176,5 @@ def test_stub_is_not_attempted(check, capsys) -> None:
 @pytest.mark.parametrize(("check", "mistake", "hint"), MISTAKES)
 def test_mistake_is_told(check, mistake, hint: str, capsys) -> None:
     assert not check(mistake)
-    assert hint in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not right yet" in said and hint in said

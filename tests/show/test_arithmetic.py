@@ -8,12 +8,6 @@ from course_lib import npu, plan, show
 from course_lib.show import arithmetic
 
 
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
-
-
 @pytest.mark.parametrize("name", plan.models())
 def test_every_operator_has_a_part(name: str) -> None:
     """What is not named is feed-forward, and counts as the model's feed-forward matrices do."""

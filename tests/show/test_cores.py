@@ -16,12 +16,6 @@ from course_lib.show import cores
 CHIP = "ascend-910b2"
 
 
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
-
-
 def product(kernel, side: int = 256) -> Run:
     return launch(kernel, CHIP, *(empty(side, side) for _ in range(3)))
 

@@ -1,18 +1,11 @@
 """Figures of lesson 07: peaks by category, and bytes over the length of the context."""
 
-import pytest
 from matplotlib import pyplot as plt
 
 from course_lib import show
 from course_lib.show import peaks, style
 
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
 
 
 def test_parts_are_in_one_order_and_sum_up() -> None:

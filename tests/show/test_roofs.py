@@ -9,12 +9,6 @@ from course_lib.chip import UnknownFigure, chips, load_chip
 from course_lib.show.roofs import BOUNDS, Point, Roofs, family, points, sentence
 
 
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
-
-
 @pytest.fixture(scope="module")
 def step() -> npu.Ledger:
     model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.SiLU(), torch.nn.Linear(512, 256)).to("npu")

@@ -2,7 +2,6 @@
 
 import matplotlib
 import numpy
-import pytest
 from matplotlib import pyplot as plt
 
 from course_lib import show
@@ -12,12 +11,6 @@ LINES = {
     "one": (numpy.arange(1, 65), 0.010 + 0.0005 * numpy.arange(1, 65)),
     "other": ([1, 2, 4, 8], [0.030, 0.031, 0.033, 0.037]),
 }
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
 
 
 def test_frontier_in_words(capsys) -> None:

@@ -13,12 +13,6 @@ from course_lib import npu, show
 from course_lib.show import style, units
 
 
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
-
-
 @pytest.fixture(scope="module")
 def step() -> npu.Ledger:
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.SiLU(), torch.nn.Linear(256, 64)).to("npu")

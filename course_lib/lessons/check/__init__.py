@@ -40,7 +40,7 @@ def judge(
         except Exception as error:  # the reader's own: told, not raised
             print(f"{name}: not right yet. {call} raised {type(error).__name__}: {error}")
             return False
-        if found is None or found is NotImplemented or found is ...:
+        if untouched(found):
             print(f"{name}: not attempted yet")
             return False
         if isinstance(found, bool) or not isinstance(found, Real):
@@ -56,6 +56,11 @@ def judge(
     shown = quantity(cases[0].expected, unit)
     print(f"{name}: right. {name}({', '.join(map(_short, cases[0].arguments))}) = {shown}{'; ' + good if good else ''}")
     return True
+
+
+def untouched(found: object) -> bool:
+    """Whether a stub gave this: nothing, or the dots that stood in it."""
+    return found is None or found is NotImplemented or found is ...
 
 
 def _near(found: float, expected: float, tolerance: float) -> bool:

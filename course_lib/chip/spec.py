@@ -13,6 +13,7 @@ from pathlib import Path
 
 from course_lib import data
 from course_lib.chip.figures import (
+    DIMENSIONS,
     DTYPES,
     Figure,
     Figures,
@@ -60,7 +61,15 @@ CHIP_KEYS: dict[str, str] = {
     **{f"peak.{counts}.{dtype}": "rate" for counts in ("cube", "vector", "cube+vector") for dtype in DTYPES},
 }  # fmt: skip
 SYSTEM_KEYS = {"chips_per_node": "count", "nodes": "count", "power.total": "power"}
-LINK_KEYS = {"bandwidth": "bandwidth", "peer_bandwidth": "bandwidth", "latency": "time"}
+LINK_KEYS = {
+    "bandwidth": "bandwidth",
+    "peer_bandwidth": "bandwidth",
+    "latency": "time",
+    "efficiency": "ratio",  # of the bandwidths, in long transfers
+    "domain": "count",  # devices that the link reaches; chips_per_node where the file gives none
+    "near.latency": "time",  # between devices of one node, where the link reaches further
+    "near.efficiency": "ratio",
+}
 
 
 def _known(key: str, meaning: str) -> property:
@@ -160,11 +169,7 @@ class ChipSpec:
         """
         changed = dict(self.figures)
         for name, value in figures.items():
-            key = name.replace("__", ".")
-            if key not in CHIP_KEYS:
-                raise SpecError(f"{key!r} is no figure of a chip; see course_lib.chip.spec.CHIP_KEYS")
-            unit = changed[key].unit if key in changed else CHIP_KEYS[key]
-            changed[key] = Figure(value, unit, "A", f"chosen in place of that of {self.name}")
+            _change(changed, name.replace("__", "."), value, CHIP_KEYS, self.name)
         return replace(self, title=title or f"{self.title}, changed", figures=Figures(changed))
 
 
@@ -179,6 +184,8 @@ class LinkSpec:
     bandwidth = _known("bandwidth", "B/s out of one chip, over all its peers together")
     peer_bandwidth = _known("peer_bandwidth", "B/s from one chip to one other")
     latency = _known("latency", "Seconds from one chip to another for the first byte")
+    efficiency = _known("efficiency", "Share of the bandwidths that long transfers reach")
+    domain = _known("domain", "Devices that the link reaches, where these are more than a node's")
 
 
 @dataclass(frozen=True)
@@ -200,6 +207,44 @@ class SystemSpec:
     def chips(self) -> int:
         """Number of devices."""
         return self.chips_per_node * self.nodes
+
+    @property
+    def reach(self) -> int:
+        """Devices that one scale-up network joins: those of a node, or of many nodes behind common switches."""
+        return (self.scale_up and self.scale_up.domain) or self.chips_per_node
+
+    def having(self, title: str = "", chip: str = "", **figures: float) -> "SystemSpec":
+        """The same system with another chip or other figures, in SI: ``having(nodes=16, scale_up__bandwidth=4e11)``.
+
+        Two underscores stand for the dot of a key. Raises SpecError for a chip or a key that there is not.
+        """
+        if chip and chip not in chips():
+            raise SpecError(f"no chip named {chip!r}; there are {', '.join(chips())}")
+        parts = {"": (self.figures, SYSTEM_KEYS)}
+        for key in ("scale_up", "scale_out"):
+            link = getattr(self, key)
+            parts |= {key + ".": (link.figures, LINK_KEYS)} if link else {}
+        changed = {prefix: dict(figures) for prefix, (figures, _) in parts.items()}
+        for name, value in figures.items():
+            key = name.replace("__", ".")
+            prefix = next((prefix for prefix in parts if prefix and key.startswith(prefix)), "")
+            _change(changed[prefix], key.removeprefix(prefix), value, parts[prefix][1], self.name)
+        links = {
+            key: replace(getattr(self, key), figures=Figures(changed[key + "."]))
+            for key in ("scale_up", "scale_out")
+            if key + "." in changed
+        }
+        title = title or f"{self.title}, changed"
+        return replace(self, title=title, chip=chip or self.chip, figures=Figures(changed[""]), **links)
+
+
+def _change(figures: dict[str, Figure], key: str, value: float, keys: dict[str, str], name: str) -> None:
+    """Puts a chosen figure in place of the file's."""
+    if key not in keys:
+        kind = {id(CHIP_KEYS): "chip", id(SYSTEM_KEYS): "system"}.get(id(keys), "link")
+        raise SpecError(f"{key!r} is no figure of a {kind}; see course_lib.chip.spec.{kind.upper()}_KEYS")
+    unit = figures[key].unit if key in figures else next(iter(DIMENSIONS[keys[key]][1]))
+    figures[key] = Figure(value, unit, "A", f"chosen in place of that of {name}", f"{value} {unit}".removesuffix(" 1"))
 
 
 def chips() -> list[str]:

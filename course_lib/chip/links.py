@@ -1,0 +1,253 @@
+"""What a collective costs on one link, and on two in turn: closed forms in α (latency), β (1 / bandwidth) and γ (reduction).
+
+n bytes, p ranks, one step: α + bytes sent / bandwidth; a byte that is reduced costs γ more. Formulas: HCCL user guide,
+coll_algo_intro (Mesh, Ring, NHR, RHD, Pipeline). All take numbers or NumPy arrays, element by element.
+
+====================  =========================================  ===========================
+reduce-scatter        time                                       all-reduce
+====================  =========================================  ===========================
+mesh                  α + n/p·β + (p−1)/p·nγ                     + all-gather: α + n/p·β
+ring                  (p−1)α + (p−1)/p·n(β+γ)                    + (p−1)α + (p−1)/p·nβ
+NHR, NB, H-D_R at 2^k  ⌈log₂ p⌉α + (p−1)/p·n(β+γ)                  + ⌈log₂ p⌉α + (p−1)/p·nβ
+====================  =========================================  ===========================
+
+In a mesh each peer has a link of its own: β is that of a peer, or of the port shared by p − 1. Elsewhere a chip sends to
+one peer at a time. A gather is a scatter backwards, a broadcast is scatter and all-gather, a reduce is reduce-scatter
+and gather.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+Number = int | float | np.ndarray
+NAMES = ("", "mesh", "ring", "NHR", "H-D_R", "NB", "pipeline", "pairwise", "direct")  # a code is a place in this list
+MESH, RING, NHR, HD, NB, PIPELINE, PAIRWISE, DIRECT = range(1, 9)
+BETWEEN = 16  # algorithm = code inside + 16 × code between
+POWERS = 2 ** np.arange(40)
+SCATTERED = ("reduce_scatter", "all_gather", "all_reduce")  # HCCL prices NHR for these, and has a pipeline
+
+
+class Link(NamedTuple):
+    """A link as the formulas see it: seconds and achieved B/s; ``peer`` is the most that one pair gets."""
+
+    name: str
+    mesh: bool
+    ring: bool
+    alpha: float
+    port: float
+    peer: float
+    out: bool
+
+
+class Terms(NamedTuple):
+    """Where the seconds go (their sum is the duration), what passes the busiest chip's ports, and by which algorithm."""
+
+    latency: Number = 0.0
+    up: Number = 0.0
+    out: Number = 0.0
+    reduction: Number = 0.0
+    up_bytes: Number = 0.0
+    out_bytes: Number = 0.0
+    steps: Number = 0
+    algorithm: Number = 0
+
+    @property
+    def seconds(self) -> Number:
+        return self.latency + self.up + self.out + self.reduction
+
+
+def both(*parts: Terms) -> Terms:
+    """One after the other; the algorithm is that of the last part that names one, inside and between alike."""
+    sums = [sum(column) for column in zip(*(part[:-1] for part in parts))]
+    inside = np.maximum.reduce([np.asarray(part.algorithm) % BETWEEN for part in parts])
+    between = np.maximum.reduce([np.asarray(part.algorithm) // BETWEEN for part in parts])
+    return Terms(*sums, inside + BETWEEN * between)
+
+
+def pick(mask: np.ndarray, yes: Terms, no: Terms) -> Terms:
+    """``yes`` where the mask is true, else ``no``."""
+    return Terms(*(np.where(mask, a, b) for a, b in zip(yes, no)))
+
+
+def quickest(options: list[Terms]) -> Terms:
+    """The option of least time, the first of equals."""
+    best = options[0]
+    for option in options[1:]:
+        best = pick(option.seconds < best.seconds, option, best)
+    return best
+
+
+def log_steps(p: Number) -> np.ndarray:
+    """⌈log₂ p⌉."""
+    return np.searchsorted(POWERS, p)
+
+
+def _terms(link: Link, code: int, steps: Number, seconds: Number, sent: Number, reduction: Number = 0.0) -> Terms:
+    if link.out:
+        return Terms(link.alpha * steps, 0.0, seconds, reduction, 0.0, sent, steps, code * BETWEEN)
+    return Terms(link.alpha * steps, seconds, 0.0, reduction, sent, 0.0, steps, code)
+
+
+# -- one link: p ranks, n bytes -------------------------------------------------------------------------------
+
+
+def mesh(kind: str, n: Number, p: Number, link: Link, gamma: float, code: int = MESH) -> Terms:
+    """All peers at once."""
+    some = np.asarray(p) > 1
+    rate = np.minimum(link.peer, link.port / np.maximum(np.asarray(p) - 1, 1))
+    once, share = some * (n / p) / rate, (p - 1) / p * n
+    rounds = 2 if kind in ("all_reduce", "broadcast", "reduce") else 1
+    reduced = share if kind in ("all_reduce", "reduce_scatter", "reduce") else 0
+    return _terms(link, code, rounds * some, rounds * once, rounds * share, gamma * reduced)
+
+
+def by_steps(kind: str, n: Number, p: Number, link: Link, gamma: float, code: int, steps: Number) -> Terms:
+    """One peer at a time, each step on what the steps before have left or gathered."""
+    rounds = 2 if kind in ("all_reduce", "broadcast", "reduce") else 1
+    share = (p - 1) / p * n
+    reduced = share if kind in ("all_reduce", "reduce_scatter", "reduce") else 0
+    rate = min(link.peer, link.port)
+    return _terms(link, code, rounds * steps, rounds * share / rate, rounds * share, gamma * reduced)
+
+
+def ring(kind: str, n: Number, p: Number, link: Link, gamma: float) -> Terms:
+    """Each passes on what it has received."""
+    return by_steps(kind, n, p, link, gamma, RING, np.asarray(p) - 1)
+
+
+def nhr(kind: str, n: Number, p: Number, link: Link, gamma: float, code: int = NHR) -> Terms:
+    """Nonuniform hierarchical ring: log₂ p steps for any p. Nonuniform Bruck has the same cost."""
+    return by_steps(kind, n, p, link, gamma, code, log_steps(p))
+
+
+def halving(kind: str, n: Number, p: Number, link: Link, gamma: float) -> Terms:
+    """Recursive halving and doubling; with p no power of two, the ranks beyond 2^k first merge into others."""
+    even = by_steps(kind, n, p, link, gamma, HD, log_steps(p))
+    if kind in ("scatter", "gather"):
+        return even
+    k = np.searchsorted(POWERS, p, side="right") - 1
+    block = POWERS[k]
+    steps, sent, reduced = _merged(kind, n, np.asarray(p), k, (block - 1) / block)
+    odd = _terms(link, HD, steps, sent / min(link.peer, link.port), sent, gamma * reduced)
+    return pick(block == p, even, odd)
+
+
+def _merged(kind: str, n: Number, p: np.ndarray, k: np.ndarray, share: np.ndarray) -> tuple[Number, Number, Number]:
+    """Steps, bytes sent and bytes reduced of halving and doubling where p is no power of two."""
+    if kind in ("reduce_scatter", "all_gather"):
+        pieces = sum(np.where(i <= k, -(-p // POWERS[i]), 0) for i in range(1, int(k.max()) + 1))
+        return k + 2, n + (pieces + 1) * n / p, (n + pieces * n / p) * (kind == "reduce_scatter")
+    last = 2 if kind == "all_reduce" else 1
+    return 2 * k + last, (2 * share + last) * n, (share + 1) * n * (kind in ("all_reduce", "reduce"))
+
+
+STEPPED: dict[int, Callable[..., Terms]] = {
+    RING: ring, NHR: nhr, HD: halving, NB: lambda *given: nhr(*given, code=NB),
+}  # fmt: skip
+
+
+def one_link(kind: str, n: Number, p: Number, link: Link, gamma: float, named: int = 0) -> Terms:
+    """The algorithm ``named``, or as HCCL chooses by itself: mesh where each peer has its link, else the quickest."""
+    if kind == "all_to_all":
+        if named == PAIRWISE:
+            return by_steps(kind, n, p, link, gamma, PAIRWISE, np.asarray(p) - 1)
+        return mesh(kind, n, p, link, gamma, MESH if link.mesh else DIRECT)
+    if link.mesh:
+        return mesh(kind, n, p, link, gamma)
+    named = RING if link.ring else named
+    if named in STEPPED:
+        return STEPPED[named](kind, n, p, link, gamma)
+    codes = (RING, NHR, HD) if kind in SCATTERED else (RING, HD)
+    return quickest([STEPPED[code](kind, n, p, link, gamma) for code in codes])
+
+
+# -- two links: N nodes of m ranks, the smallest of l -----------------------------------------------------------------
+
+
+def two_links(
+    kind: str, n: Number, p: Number, N: Number, m: Number, up: Link, out: Link, gamma: float, named: int = 0
+) -> Terms:
+    """Nodes of equally many ranks: inside and between in turn, or both links at once (pipeline, direct)."""
+    if kind == "all_to_all" and not up.mesh:
+        return apart(n, p, m, m, up, out, named)
+    first, middle, last = stages(kind, n, n / m, n / N)
+    parts = [one_link(*first, m, up, gamma)] if first else []
+    parts += [one_link(*middle, N, out, gamma, named)]
+    parts += [one_link(*last, m, up, gamma)] if last else []
+    staged = both(*parts)
+    if kind not in SCATTERED or up.ring or named not in (0, PIPELINE):
+        return staged
+    least = 2**20 if kind == "all_reduce" else 2**15  # HCCL's thresholds, bytes of one rank's share
+    return pick((n / p >= least) | (named == PIPELINE), pipeline(kind, n, p, N, m, up, out), staged)
+
+
+def stages(kind: str, n: Number, lane: Number, node: Number) -> tuple:
+    """What is done inside, between, inside: kinds and bytes. HCCL's order keeps each rank's blocks contiguous."""
+    return {
+        "all_reduce": (("reduce_scatter", n), ("all_reduce", lane), ("all_gather", n)),
+        "broadcast": (("scatter", n), ("broadcast", lane), ("all_gather", n)),
+        "reduce": (("reduce_scatter", n), ("reduce", lane), ("gather", n)),
+        "reduce_scatter": ((), ("reduce_scatter", n), ("reduce_scatter", node)),
+        "all_gather": (("all_gather", node), ("all_gather", n), ()),
+        "scatter": ((), ("scatter", n), ("scatter", node)),
+        "gather": (("gather", node), ("gather", n), ()),
+        "all_to_all": (("all_to_all", n), ("all_to_all", n), ()),
+    }[kind]
+
+
+def pipeline(kind: str, n: Number, p: Number, N: Number, m: Number, up: Link, out: Link) -> Terms:
+    """A ring between nodes; what has arrived goes round inside while the next is on its way. Reduction is hidden too."""
+    block = n / p
+    inside = block / np.minimum(up.peer, up.port / np.maximum(np.asarray(m) - 1, 1))
+    between = block / min(out.peer, out.port)
+    slower = between + out.alpha >= inside + up.alpha
+    rounds, hops = (2 if kind == "all_reduce" else 1), N - 1
+    return Terms(
+        rounds * (hops * np.where(slower, out.alpha, up.alpha) + up.alpha),
+        rounds * (np.where(slower, 0, hops * inside) + inside),
+        rounds * np.where(slower, hops * between, 0),
+        0.0 * block,
+        rounds * (m - 1) * N * block,
+        rounds * hops * block,
+        rounds * N,
+        PIPELINE * BETWEEN,
+    )
+
+
+def apart(n: Number, p: Number, most: Number, least: Number, up: Link, out: Link, named: int = 0) -> Terms:
+    """All-to-all straight to every rank, on both links at once; pairwise: one rank after the other."""
+    inside, between = (most - 1) / p * n, (p - least) / p * n
+    up_s, out_s = np.maximum(inside / up.port, n / p / up.peer * (np.asarray(most) > 1)), between / out.port
+    if named == PAIRWISE:
+        up_s, out_s = inside / min(up.peer, up.port), between / min(out.peer, out.port)
+        steps, latency = p - 1, (most - 1) * up.alpha + (p - most) * out.alpha
+        return Terms(latency, up_s, out_s, 0.0 * up_s, inside, between, steps, PAIRWISE * BETWEEN)
+    outer = out_s + out.alpha >= up_s + up.alpha
+    times = np.where(outer, out.alpha, up.alpha), np.where(outer, 0, up_s), np.where(outer, out_s, 0)
+    return Terms(*times, 0.0 * up_s, inside, between, 1, DIRECT * BETWEEN)
+
+
+def uneven(
+    kind: str, n: Number, p: Number, N: Number, m: Number, l: Number, up: Link, out: Link, gamma: float, named: int = 0
+) -> Terms:
+    """Nodes of different sizes, m at most and l at least: l ranks of each node carry what goes between."""
+    if kind == "all_to_all":
+        return apart(n, p, m, l, up, out, named)
+    named = 0 if named == PIPELINE else named
+    reduces = kind in ("all_reduce", "reduce", "reduce_scatter")
+    gathers = kind in ("all_reduce", "broadcast", "all_gather")
+    if kind in ("scatter", "gather"):
+        return both(one_link(kind, n, N, out, gamma, named), _lanes(n * m / p, m, l, up, 0))
+    first = _lanes(n if kind != "all_gather" else n * m / p, m, l, up, gamma * reduces)
+    last = _lanes(n if gathers else n * m / p, m, l, up, 0)
+    return both(first, one_link(kind, n / l, N, out, gamma, named), last)
+
+
+def _lanes(n: Number, m: Number, l: Number, up: Link, gamma: Number) -> Terms:
+    """Between all m ranks of a node and l of them, a part of n / l each."""
+    part = n / l
+    passed = (m - 1) * part
+    seconds = np.maximum(part / up.peer, passed / up.port) * (np.asarray(m) > 1)
+    return _terms(up, MESH if up.mesh else DIRECT, np.asarray(m) > 1, seconds, passed, gamma * passed)

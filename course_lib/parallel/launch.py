@@ -1,0 +1,217 @@
+"""Run a function of a notebook as many ranks of torch.distributed: one process each, on this machine.
+
+    losses = launch(train, config, ranks=4, system="mini-node")     # what train(config) returned, by rank
+
+A forkserver with torch loaded stays behind and makes the next launch quick; it ends with this process.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from course_lib.parallel import portable, rank
+
+PRELOAD = """
+    torch torch.distributed torch._dynamo torch.nn.parallel torch.distributed.fsdp torch.distributed.tensor.parallel
+    torch.distributed.pipelining torch.distributed.checkpoint.state_dict course_lib.llm.trainer course_lib.parallel.rank
+""".split()
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+GRACE = 0.3  # seconds in which the death of a rank becomes known here, though others have failed of it already
+_starting = threading.Lock()
+
+
+class RankError(RuntimeError):
+    """A rank failed; ``rank`` is its number (the first, of those that did not end in time)."""
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+def launch(fn: Callable[..., Any], *args: Any, ranks: int = 4, system: str | None = None, device: str = "npu",
+           numerics: bool = True, timeout: float = 120) -> list[Any]:  # fmt: skip
+    """What ``fn(*args)`` returns in each of ``ranks`` processes, by rank; tensors come back on the cpu.
+
+    Each is set up as by torchrun: environment, device, process group (hccl on npu, gloo on cpu). ``system`` is a name in
+    data/systems or a file; ``numerics=False`` computes shapes and emulated times only; ``timeout`` is in seconds of this
+    machine. What the ranks print is shown at the end, rank by rank. RankError names the first rank that failed and has
+    its traceback; all others are stopped. TypeError where something that ``fn`` needs cannot go to another process.
+    """
+    if "RANK" in os.environ:
+        raise RuntimeError("this process is a rank already (RANK is set); call the function itself")
+    if not isinstance(ranks, int) or ranks < 1 or not timeout > 0:
+        raise ValueError(
+            f"ranks={ranks!r}, timeout={timeout!r}: expected a whole number of ranks and some seconds, both above 0"
+        )
+    options = {"device": device, "system": system, "numerics": numerics}
+    rank.emulation(**options)
+    call = portable.dumps((fn, args), "(fn, args)")
+    with _store() as port, tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        (folder / "call").write_bytes(call)
+        try:
+            with _processes(ranks, folder, port, options, timeout) as processes:
+                ended = _wait(processes, folder, timeout)
+                if len(ended) < ranks and not _failed(ended, folder):
+                    raise _overdue(ended, ranks, folder, timeout)
+        finally:
+            _show(folder, ranks)
+        if _failed(ended, folder):
+            raise_first(ended, ranks, folder)
+        return [pickle.loads((folder / f"result{at}").read_bytes()) for at in range(ranks)]
+
+
+# -- starting and stopping ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _store() -> Iterator[int]:
+    """The port of a store in this process, where the ranks find each other: like torchrun's, but heard here only."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    yield port
+    del store
+
+
+def _environment(at: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    own = {"RANK": at, "LOCAL_RANK": at, "ROLE_RANK": at, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "WORLD_SIZE": ranks,
+           "LOCAL_WORLD_SIZE": ranks, "ROLE_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
+           "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}  # fmt: skip
+    return dict(os.environ) | {name: str(value) for name, value in own.items()}
+
+
+@contextlib.contextmanager
+def _processes(ranks: int, folder: Path, port: int, options: dict[str, Any], timeout: float) -> Iterator[list[Any]]:
+    """A process for each rank, all of them gone afterwards, with their own children."""
+    context = multiprocessing.get_context(METHOD)
+    context.set_forkserver_preload(PRELOAD)
+    processes = []
+    try:
+        for at in range(ranks):
+            arguments = (at, folder, _environment(at, ranks, port), options, timeout)
+            processes.append(context.Process(target=rank.run, args=arguments, name=f"rank {at}"))
+            with _quiet_start():
+                processes[-1].start()
+        yield processes
+    finally:
+        for process in processes:
+            _kill(process)
+
+
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Hide this program's main module, which multiprocessing would run again in the new process."""
+    with _starting:
+        main, level = sys.modules["__main__"], os.environ.get("TORCH_CPP_LOG_LEVEL")
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when the forkserver imports it
+        try:
+            if METHOD == "forkserver":
+                forkserver.ensure_running()
+            yield
+        finally:
+            sys.modules["__main__"] = main
+            if level is None:
+                del os.environ["TORCH_CPP_LOG_LEVEL"]
+
+
+def _kill(process: Any) -> None:
+    if process.pid is None:
+        return
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+# -- watching -------------------------------------------------------------------------------------------------------
+
+
+def _wait(processes: list[Any], folder: Path, timeout: float) -> dict[int, int]:
+    """Exit code by rank, in the order of their ends: of all ranks, or of those that ended until one failed or time ran out."""
+    ended, deadline = {}, time.monotonic() + timeout
+    while len(ended) < len(processes) and time.monotonic() < deadline:
+        running = {process.sentinel: at for at, process in enumerate(processes) if at not in ended}
+        for sentinel in connection.wait(list(running), deadline - time.monotonic()):
+            at = running[sentinel]
+            processes[at].join()
+            ended[at] = processes[at].exitcode
+        if _failed(ended, folder):
+            deadline = min(deadline, time.monotonic() + GRACE)
+    return ended
+
+
+def _failed(ended: dict[int, int], folder: Path) -> list[int]:
+    return [at for at, code in ended.items() if code or not (folder / f"result{at}").exists()]
+
+
+def raise_first(ended: dict[int, int], ranks: int, folder: Path) -> None:
+    """RankError of the rank that failed first: one that died without a word, or the earliest to raise."""
+    failed = _failed(ended, folder)
+    told = {
+        at: pickle.loads((folder / f"failure{at}").read_bytes()) for at in failed if (folder / f"failure{at}").exists()
+    }
+    silent = [at for at in failed if at not in told and (ended[at] != -signal.SIGABRT or not told)]
+    if silent:
+        code = ended[silent[0]]
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended with exit code {code} before its function returned"
+        )
+        raise RankError(f"rank {silent[0]} of {ranks} {how}; the other ranks were stopped", silent[0])
+    at = min(told, key=lambda at: told[at][0])
+    _, what, text, cause = told[at]
+    try:
+        cause = pickle.loads(cause) if cause else None
+    except Exception:
+        cause = None
+    raise RankError(f"rank {at} of {ranks} {what}\n\nIn rank {at}:\n{text}", at) from cause
+
+
+def _overdue(ended: dict[int, int], ranks: int, folder: Path, timeout: float) -> RankError:
+    """Who was still running after ``timeout`` seconds, and where."""
+    running = [at for at in range(ranks) if at not in ended]
+    patience = time.monotonic() + 1
+    while time.monotonic() < patience and not all((folder / f"stacks{at}").stat().st_size for at in running):
+        time.sleep(0.02)
+    names = ("rank " if len(running) == 1 else "ranks ") + ", ".join(map(str, running))
+    where = "\n".join(f"rank {at} was in\n{_stack((folder / f'stacks{at}').read_text())}" for at in running)
+    return RankError(f"{names} of {ranks} still running after {timeout:g} s; stopped\n\n{where}", running[0])
+
+
+def _stack(dump: str) -> str:
+    """The main thread's frames, innermost first, between the call of the function and its end."""
+    main = re.split(r"^(?:Current )?[Tt]hread 0x.*\n", dump, flags=re.MULTILINE)[-1]
+    return main.split(f'  File "{rank.__file__}"')[0] or main
+
+
+def _show(folder: Path, ranks: int) -> None:
+    """Print what the ranks printed, rank by rank."""
+    for name in ("stdout", "stderr"):
+        files = [folder / f"{name}{at}" for at in range(ranks)]
+        said = {
+            at: file.read_text(encoding="utf-8", errors="replace") for at, file in enumerate(files) if file.exists()
+        }
+        said = {at: text for at, text in said.items() if text}
+        for at, text in said.items():
+            for line in text.splitlines():
+                print(line if len(said) == 1 else f"[rank {at}] {line}", file=getattr(sys, name))

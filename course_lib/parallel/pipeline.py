@@ -1,0 +1,182 @@
+"""Pipeline parallelism: the model cut into stages of layers; micro-batches follow each other through the stages.
+
+Naive (`ByHand`): all forwards, then all backwards, each message sent and received by hand. With one micro-batch the
+other ranks idle; with m of them it is GPipe. Real (`pipeline`): the same stages under a schedule of PyTorch's, by name.
+
+    pipe = pipeline("1F1B", Transformer(config), rows=8, microbatches=4, device=device)  # on each rank
+    optimizer = torch.optim.AdamW(pipe.parameters())
+    loss = pipe.step(tokens, targets)  # gradients are there; the loss on the rank with the last stage, None elsewhere
+    clip_grad_norm(pipe.parameters(), 1.0)
+    optimizer.step()
+
+What each rank does under a schedule is in tables.py. Shapes: B rows of one micro-batch, T tokens, D width,
+V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from course_lib.llm.model import Transformer
+from course_lib.parallel.tables import SINGLE, per_rank, placement
+
+
+class Stage(nn.Module):
+    """Some layers of a Transformer, with its embedding before the first and its norm and unembedding after the last.
+
+    Parameters have the names that they have in the whole model.
+    """
+
+    def __init__(self, model: Transformer, layers: range) -> None:
+        super().__init__()
+        refuse(model)
+        count = len(model.blocks)
+        self.blocks = nn.ModuleDict({str(layer): model.blocks[layer] for layer in layers})
+        self.embedding = model.embedding if layers.start == 0 else None
+        self.norm = model.norm if layers.stop == count else None
+        self.unembedding = model.unembedding if layers.stop == count else None
+        self.register_buffer("cos", model.cos, persistent=False)  # (context, K/2)
+        self.register_buffer("sin", model.sin, persistent=False)  # (context, K/2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T) or the residual stream (B, T, D) to the residual stream, or after the last layer logits (B, T, V)."""
+        T = x.shape[1]
+        x = x if self.embedding is None else self.embedding(x)  # (B, T, D)
+        for block in self.blocks.values():
+            x = block(x, self.cos[:T], self.sin[:T])  # (B, T, D)
+        return x if self.unembedding is None else self.unembedding(self.norm(x))  # (B, T, V)
+
+
+def refuse(model: Transformer) -> None:
+    """ValueError for a model that does not fall into stages."""
+    config = model.config
+    if config.tied:
+        raise ValueError("a tied table would lie on the first and the last stage; train with tied=False")
+    if config.mtp or (config.experts and config.experts.sequence_loss):
+        raise ValueError("losses beside the model's own (mtp, sequence_loss) need the whole model; set them to 0")
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats per token of logits (B, T, V) and targets (B, T), as in the whole model: a scalar."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def cut(layers: int, stages: int) -> list[range]:
+    """The layers of each stage, as even as can be, the longer ones first; ValueError where a stage would be empty."""
+    if not 1 <= stages <= layers:
+        raise ValueError(f"{layers} layers do not make {stages} stages; expected 1 to {layers} stages")
+    ends = [layers * (stage + 1) // stages for stage in range(stages)]
+    sizes = sorted((b - a for a, b in zip([0, *ends], ends, strict=False)), reverse=True)
+    starts = [sum(sizes[:stage]) for stage in range(stages)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+@dataclass
+class Pipeline:
+    """The stages of this rank and the schedule that runs them."""
+
+    stages: list[Stage]
+    schedule: schedules._PipelineSchedule
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return chain.from_iterable(stage.parameters() for stage in self.stages)
+
+    def step(self, tokens: Tensor, targets: Tensor) -> Tensor | None:
+        """Gradients of the mean loss of all rows (rows, T). The loss where the last stage is, None on other ranks."""
+        first, last = self.stages[0].embedding is not None, self.stages[-1].unembedding is not None
+        losses: list[Tensor] = []
+        inputs, target = ((tokens,) if first else ()), (targets if last else None)
+        self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
+        return torch.stack(losses).mean().detach() if losses else None
+
+
+def pipeline(
+    name: str, model: Transformer, rows: int, microbatches: int, device: torch.device | str, vpp: int | None = None,
+    group: dist.ProcessGroup | None = None, tokens: int | None = None,
+) -> Pipeline:  # fmt: skip
+    """This rank's part of ``model`` on ``device``, under the schedule called ``name``.
+
+    A step has ``rows`` rows of ``tokens`` tokens (default: the context), cut into ``microbatches``. ``group`` are the
+    ranks of the pipeline, default all. Shapes are told to PyTorch beforehand, so that no step is spent to find them.
+    """
+    pp, rank = dist.get_world_size(group), dist.get_rank(group)
+    parts = cut(len(model.blocks), pp * per_rank(name, vpp))
+    B, T, D, V = check(rows, microbatches), tokens or model.config.context, model.config.width, model.config.vocab_size
+    dtype = model.embedding.weight.dtype
+    stages, wrapped = [], []
+    for index in placement(name, pp, vpp)[rank]:
+        stage = Stage(model, parts[index]).to(device)
+        ins = like(B, T, dtype=torch.int64) if stage.embedding is not None else like(B, T, D, dtype=dtype)
+        out = like(B, T, D if stage.unembedding is None else V, dtype=dtype)
+        stages.append(stage)
+        wrapped.append(PipelineStage(stage, index, len(parts), torch.device(device), ins, out, group=group))
+    kind = schedules.get_schedule_class(name)
+    return Pipeline(stages, kind(wrapped[0] if name in SINGLE else wrapped, microbatches, loss_fn=loss_of))
+
+
+def like(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without storage, as a stage's input or output; of floats, one that has a gradient."""
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+
+def check(rows: int, microbatches: int) -> int:
+    """Rows of one micro-batch; ValueError where they do not divide."""
+    if microbatches < 1 or rows % microbatches:
+        raise ValueError(f"{rows} rows do not divide into {microbatches} micro-batches of equal size")
+    return rows // microbatches
+
+
+class ByHand:
+    """GPipe in twenty lines: one stage on each rank, all forwards, then all backwards, one message at a time."""
+
+    def __init__(
+        self, model: Transformer, rows: int, microbatches: int, device: torch.device | str,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:  # fmt: skip
+        self.group, self.rank, self.last = group, dist.get_rank(group), dist.get_world_size(group) - 1
+        self.stage = Stage(model, cut(len(model.blocks), self.last + 1)[self.rank]).to(device)
+        self.microbatches, self.B, self.device = microbatches, check(rows, microbatches), device
+        self.width, self.dtype = model.config.width, model.embedding.weight.dtype
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.stage.parameters()
+
+    def step(self, tokens: Tensor, targets: Tensor) -> Tensor | None:
+        """As `Pipeline.step`."""
+        passes = [self.forward(*rows) for rows in zip(tokens.split(self.B), targets.split(self.B), strict=True)]
+        for x, y in passes:
+            y.backward(None if self.rank == self.last else self.receive(y.shape, self.rank + 1))
+            if self.rank > 0:
+                dist.send(x.grad, group=self.group, group_dst=self.rank - 1)
+        return sum(y.detach() for _, y in passes) if self.rank == self.last else None
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of this stage for one micro-batch, the output sent on; of the last stage its share of the loss."""
+        x = tokens if self.rank == 0 else self.receive((*tokens.shape, self.width), self.rank - 1).requires_grad_()
+        y = self.stage(x)  # (B, T, D) or (B, T, V)
+        if self.rank == self.last:
+            return x, loss_of(y, targets) / self.microbatches
+        dist.send(y.detach(), group=self.group, group_dst=self.rank + 1)
+        return x, y
+
+    def receive(self, shape: tuple[int, ...], rank: int) -> Tensor:
+        """A tensor (B, T, D) from another rank of the pipeline."""
+        buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
+        dist.recv(buffer, group=self.group, group_src=rank)
+        return buffer
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], most: float, group: dist.ProcessGroup | None = None) -> Tensor:
+    """As `nn.utils.clip_grad_norm_`, where each rank of ``group`` has other parameters: the norm is that of all of them."""
+    mine = [p for p in parameters if p.grad is not None]
+    square = nn.utils.get_total_norm([p.grad for p in mine]) ** 2  # scalar
+    dist.all_reduce(square, group=group)
+    nn.utils.clip_grads_with_norm_(mine, most, square.sqrt())
+    return square.sqrt()

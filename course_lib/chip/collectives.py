@@ -110,23 +110,24 @@ def _closed(system: SystemSpec, kind: str, nbytes: int, g: Group, algorithm: str
         return Transfer(0, "", "latency", 0, 0, 0, 0, 0)
     up = link(system, "scale_up", g.near) if g.m > 1 else None
     out = link(system, "scale_out") if g.N > 1 else None
-    return _transfer(terms(kind, nbytes, g.p, g.N, g.m, g.l, up, out, gamma(system.chip), named), up, out)
+    return _transfer(closed(kind, nbytes, g.p, g.N, g.m, g.l, up, out, gamma(system.chip), named), up, out)
 
 
-def terms(
+def closed(
     kind: str, n: int, p: int, N: int, m: int, l: int, up: Link | None, out: Link | None, gamma: float, named: int
 ) -> Terms:
-    """The closed form that fits where the ranks lie."""
+    """The closed form that fits where p ranks lie: in N networks, m in the fullest and l in the emptiest.
+
+    All counts may be arrays, so long as every element has the same case: one network, one rank in each, as many, or not.
+    """
     if kind == "barrier":
         kind, n = "all_reduce", 0
     if kind == "send":
         found = one_link("all_to_all", 2 * n, 2, up or out, gamma, PAIRWISE)
         return found._replace(algorithm=DIRECT * (BETWEEN if up is None else 1))
-    if N == 1:
-        return one_link(kind, n, p, up, gamma, named)
-    if m == 1:
-        return one_link(kind, n, p, out, gamma, named)
-    if l == m:
+    if out is None or up is None:
+        return one_link(kind, n, p, up or out, gamma, named)
+    if np.all(l == m):
         return two_links(kind, n, p, N, m, up, out, gamma, named)
     return uneven(kind, n, p, N, m, l, up, out, gamma, named)
 

@@ -17,6 +17,7 @@ and gather.
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -61,8 +62,8 @@ class Terms(NamedTuple):
 def both(*parts: Terms) -> Terms:
     """One after the other; the algorithm is that of the last part that names one, inside and between alike."""
     sums = [sum(column) for column in zip(*(part[:-1] for part in parts))]
-    inside = np.maximum.reduce([np.asarray(part.algorithm) % BETWEEN for part in parts])
-    between = np.maximum.reduce([np.asarray(part.algorithm) // BETWEEN for part in parts])
+    inside = reduce(np.maximum, (part.algorithm % BETWEEN for part in parts))
+    between = reduce(np.maximum, (part.algorithm // BETWEEN for part in parts))
     return Terms(*sums, inside + BETWEEN * between)
 
 

@@ -19,9 +19,10 @@ from course_lib.npu.runtime import use
 
 EMULATED = real.emulate()
 if EMULATED:
-    from course_lib.npu import device
+    from course_lib.npu import collectives, device, hccl  # noqa: F401, the first registers its operators
 
     device.attach(device)
+    hccl.attach()
     use()
 
 __all__ = ["EMULATED", "Ledger", "ledger", "use"]

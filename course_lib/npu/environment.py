@@ -7,11 +7,13 @@ Obeyed, each time that ``npu.use()`` sets up the devices, and so at the import:
 * ``PYTORCH_NPU_ALLOC_CONF``: ``max_split_size_mb`` (blocks from that size on are not cut; like the segment sizes it shrinks
   with the chip's memory), ``garbage_collection_threshold`` (unused segments go back before that share of the memory is
   passed), ``per_process_memory_fraction``.
+* ``HCCL_ALGO=level0:NA;level1:ring``: the algorithm between nodes, see chip/collectives.py.
+* ``HCCL_BUFFSIZE=200``: MB of device memory that each communicator takes; it too shrinks with the chip's memory.
 * ``TORCH_NPU_DISABLED_WARNING=1``: no warnings from here.
 
 Any other variable of torch_npu that is set, and asks for something that the emulation does not do anyway, is named in one
 warning: it has no effect. A value that torch_npu would not take either raises ValueError. Where software lies and what is
-logged (``ASCEND_HOME_PATH``, ``ASCEND_GLOBAL_LOG_LEVEL``, …) is no matter of the emulation's; ``HCCL_*`` wait for hccl.
+logged (``ASCEND_HOME_PATH``, ``ASCEND_GLOBAL_LOG_LEVEL``, …) is no matter of the emulation's.
 """
 
 import os
@@ -29,6 +31,12 @@ WITHOUT_EFFECT: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "INF_NAN_MODE_ENABLE": (SWITCH, ("1",)), "INF_NAN_MODE_FORCE_DISABLE": (SWITCH, ("0",)), "NPU_ASD_ENABLE": (("0", "1", "2", "3"), ("0",)), "NPU_ASD_CONFIG": (None, ()),
     "PYTORCH_NO_NPU_MEMORY_CACHING": (SWITCH, ("0",)), "MULTI_STREAM_MEMORY_REUSE": (("0", "1", "2"), ()), "OOM_SNAPSHOT_ENABLE": (("0", "1", "2"), ("0",)),
     "OOM_SNAPSHOT_PATH": (None, ()), "TORCH_NPU_DEVICE_CAPABILITY": (None, ()), "TORCH_NPU_LOGS": (None, ()),
+    **{f"HCCL_{name}": (None, ()) for name in (
+        "CONNECT_TIMEOUT", "EXEC_TIMEOUT", "EVENT_TIMEOUT", "RDMA_TC", "RDMA_SL", "RDMA_RETRY_CNT", "IF_BASE_PORT", "DESYNC_DEBUG",
+        "INTRA_PCIE_ENABLE", "INTRA_ROCE_ENABLE", "OP_EXPANSION_MODE",
+    )},
+    "HCCL_DETERMINISTIC": (("true", "false", "strict"), ("true", "strict")), "HCCL_ASYNC_ERROR_HANDLING": (SWITCH, ("1",)), "HCCL_BLOCKING_WAIT": (SWITCH, ("0",)),
+    "P2P_HCCL_BUFFSIZE": (None, ()), "RANK_TABLE_FILE": (None, ()),
 }  # fmt: skip
 ALLOC_KEYS = """
     expandable_segments garbage_collection_threshold max_split_size_mb large_segment_size_mb segment_size_mb max_non_split_rounding_mb
@@ -47,6 +55,8 @@ class Settings:
     max_split_mb: int | None = None
     threshold: float = 1.0
     fraction: float = 1.0
+    algorithm: str | None = None
+    buffer_mb: int = 200
 
     def count(self, count: int) -> int:
         """How many of ``count`` devices there are."""
@@ -117,7 +127,8 @@ def read() -> Settings:
     found = _alloc_conf()
     _warn(found)
     return Settings(_visible(), _choice("ASCEND_LAUNCH_BLOCKING", SWITCH) == "1", found.get("max_split_size_mb"),
-                    found.get("garbage_collection_threshold", 1.0), found.get("per_process_memory_fraction", 1.0))  # fmt: skip
+                    found.get("garbage_collection_threshold", 1.0), found.get("per_process_memory_fraction", 1.0),
+                    os.environ.get("HCCL_ALGO"), _number(f"HCCL_BUFFSIZE={(mb := os.environ.get('HCCL_BUFFSIZE', '200'))}", mb, int, 0, float("inf")))  # fmt: skip
 
 
 def _choice(name: str, allowed: tuple[str, ...] | None) -> str | None:

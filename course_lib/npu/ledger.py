@@ -24,7 +24,7 @@ from course_lib.npu.clock import PS_PER_S, Timeline
 from course_lib.npu.memory import Block
 from course_lib.npu.where import category_of, where
 
-PHASES = ("forward", "recompute", "backward", "optimizer", "prefill", "decode", "other")
+PHASES = ("forward", "recompute", "backward", "optimizer", "prefill", "decode", "other", "communication", "waiting")
 BY = ("phase", "module", "op", "bound")
 
 
@@ -108,7 +108,7 @@ class Ledger:
         for device in runtime.devices:
             device.memory.settle()
             device.synchronize()
-        self._spec = runtime.devices[0].spec
+        self._spec, self._home = runtime.devices[0].spec, runtime.current
         self.began = runtime.host.now
         for held in list(runtime.live.values()):
             self._changes += (self.began, 1, held.block, held, held.index)
@@ -137,14 +137,14 @@ class Ledger:
 
     # -- what the device calls --
 
-    def record(self, op: str, shapes: tuple, tensors: list[torch.Tensor], device: runtime.Device, stream: Timeline, start: int, price: Cost) -> None:
+    def record(self, op: str, shapes: tuple, tensors: list[torch.Tensor], device: runtime.Device, stream: Timeline, start: int, price: Cost, of: str | None = None) -> None:
         phase, module = where.now(tensors)
         if self._unsorted:
             category = category_of(phase)
             for held in self._unsorted:
                 held.category = held.category or category
             self._unsorted.clear()
-        self._records += (op, phase, module, shapes, device.index, stream.id, stream.host.now, start, price)
+        self._records += (op, of or phase, module, shapes, device.index, stream.id, stream.host.now, start, price)
 
     def memory_changed(self, held: runtime.Held, sign: int, block: Block) -> None:
         """``block`` was taken for ``held`` (1) or given back (-1); how large it is may turn out later."""
@@ -200,7 +200,7 @@ class Ledger:
             vector_flops=sum(c.vector_flops for c in costs),
             bytes=sum(c.bytes for c in costs),
             elapsed_s=self.elapsed_ps / PS_PER_S,
-            busy_s=sum(c.ps for c in costs) / PS_PER_S,
+            busy_s=sum(c.ps for c in costs if c.bound != "waiting") / PS_PER_S,
             energy_j=sum(c.energy_pj for c in costs) / 10**12 if known else None,
             peak_memory=self.peak_memory(),
         )
@@ -223,23 +223,23 @@ class Ledger:
 
     # -- memory --
 
-    def _replay(self, device: int) -> Iterator[tuple[MemoryChange, Counter]]:
-        """Each change with the bytes by category that stand after it."""
-        now: Counter = Counter()
+    def _replay(self, device: int | None) -> Iterator[tuple[MemoryChange, Counter]]:
+        """Each change with the bytes by category that stand after it; None: on the device that was current at the opening."""
+        now, device = Counter(), self._home if device is None else device
         for m in self.memory:
             if m.device == device:
                 now[m.held.category or "other"] += m.change
                 yield m, now
 
-    def peak_memory(self, device: int = 0) -> int:
-        """The most bytes that were allocated at once."""
-        total = peak = 0
+    def peak_memory(self, device: int | None = None) -> int:
+        """The most bytes that were allocated at once on a device: None stands for the one that was current at the opening."""
+        total, peak, device = 0, 0, self._home if device is None else device
         for m in self.memory:
             total += m.change if m.device == device else 0
             peak = max(peak, total)
         return peak
 
-    def memory_at_peak(self, device: int = 0) -> dict[str, int]:
+    def memory_at_peak(self, device: int | None = None) -> dict[str, int]:
         """Bytes by category at the moment when most were allocated; they sum to ``peak_memory``."""
         peak, best = -1, {}
         for _, now in self._replay(device):
@@ -247,7 +247,7 @@ class Ledger:
                 peak, best = now.total(), {k: v for k, v in now.items() if v}
         return dict(sorted(best.items(), key=lambda item: (-item[1], item[0])))
 
-    def memory_over_time(self, device: int = 0) -> list[tuple[int, dict[str, int]]]:
+    def memory_over_time(self, device: int | None = None) -> list[tuple[int, dict[str, int]]]:
         """(picoseconds since the ledger's opening, bytes by category) after each change."""
         return [(m.at - self.began, dict(now)) for m, now in self._replay(device)]
 

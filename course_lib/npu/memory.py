@@ -99,6 +99,7 @@ class CachingAllocator:
 
     def __init__(self, capacity: int, index: int = 0) -> None:
         self.capacity, self.index, self._limit = capacity, index, capacity
+        self.outside = 0  # bytes of the device that others have: buffers of communicators
         scale = scale_of(capacity)
         self.small_limit, self.small_segment = MIB // scale, 2 * MIB // scale
         self.large_limit, self.large_segment = 10 * MIB // scale, 20 * MIB // scale
@@ -163,6 +164,17 @@ class CachingAllocator:
         self.settle()
         self._limit = nbytes
         self._room = nbytes - self.reserved
+
+    def give_away(self, nbytes: int, what: str) -> None:
+        """Others take ``nbytes`` of the device, and keep them; torch.OutOfMemoryError if so much is not free."""
+        with self._lock:
+            self._catch_up()
+            self._release_segments()
+            if self.reserved + nbytes > self._limit:
+                raise torch.OutOfMemoryError(f"{what}: {self._complaint(nbytes)}")
+            self.outside += nbytes
+            self._limit -= nbytes
+            self._room = self._limit - self.reserved
 
     def empty_cache(self) -> None:
         """Give every segment that holds no block in use back to the device."""
@@ -284,11 +296,11 @@ class CachingAllocator:
 
     def _complaint(self, nbytes: int) -> str:
         allocated, reserved = format_size(self.books.read("allocated_bytes", "current")), self.reserved
-        allowed = f"{format_size(self.limit)} allowed; " if self.limit < self.capacity else ""
+        allowed = f"{format_size(self._limit)} allowed; " if self._limit < self.capacity - self.outside else ""
         return (
             f"NPU out of memory. Tried to allocate {format_size(nbytes)} (NPU {self.index}; "
             f"{format_size(self.capacity)} total capacity; {allocated} already allocated; {allocated} current active; "
-            f"{format_size(self.capacity - reserved)} free; {allowed}{format_size(reserved)} reserved in total by PyTorch)."
+            f"{format_size(self.capacity - self.outside - reserved)} free; {allowed}{format_size(reserved)} reserved in total by PyTorch)."
             "If reserved memory is >> allocated memory try setting max_split_size_mb to avoid fragmentation."
         )
 

@@ -92,7 +92,7 @@ def empty_virt_addr_cache() -> None:
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
     """(free, total) bytes of device memory, as the driver sees it: reserved is not free."""
-    return _memory(device).capacity - memory_reserved(device), _memory(device).capacity
+    return (own := _memory(device)).capacity - own.outside - memory_reserved(device), own.capacity
 
 
 def get_per_process_memory_fraction(device: Any = None) -> float:
@@ -105,7 +105,7 @@ def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None
     if not 0 <= fraction <= 1:
         raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
     memory = _memory(device)
-    memory.limit = int(memory.capacity * fraction)
+    memory.limit = min(int(memory.capacity * fraction), memory.capacity - memory.outside)
 
 
 def get_allocator_backend() -> str:

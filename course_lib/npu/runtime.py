@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from course_lib.chip.spec import ChipSpec, load_chip
+from course_lib.chip.spec import ChipSpec, SystemSpec, load_chip, load_system, systems
 from course_lib.npu import environment, real
 from course_lib.npu.clock import PS_PER_S, Host, Timeline
 from course_lib.npu.generator import Generator
+from course_lib.npu.links import Port
 from course_lib.npu.memory import Block
 
 DEFAULT_CHIP = "mini"
@@ -42,6 +43,9 @@ class Device:
         self.default = self.current = self.new_stream()
         self.generator = Generator(index)
         self.costs: dict = {}  # (operator, shapes, dtypes) → Cost, filled by price.py
+        self.ports = Port(), Port()  # links out of the chip: scale-up, scale-out
+        self.wires: dict[str, Timeline] = {}  # streams of communicators, by group, see hccl.py
+        self.messages: dict[tuple, list] = {}  # sent or to be received, by group and way, until their time is known
 
     def new_stream(self) -> Timeline:
         self.streams.append(self.settings.timeline(len(self.streams), self.host, self.launch_ps))
@@ -49,6 +53,9 @@ class Device:
 
     def synchronize(self) -> None:
         """The host waits for every stream of this device."""
+        for queue in self.messages.values():
+            while queue:
+                queue[0].resolve()
         self.host.wait_until(max(s.ready for s in self.streams))
 
 
@@ -122,37 +129,66 @@ def follow(held: Held, storage: torch.UntypedStorage) -> None:
         ledger.memory_changed(held, 1 if more > 0 else -1, change)
 
 
-def use(chip: str | Path | ChipSpec | None = None, count: int = 1, numerics: bool = True) -> ChipSpec:
+def use(
+    chip: str | Path | ChipSpec | None = None, count: int | None = None, numerics: bool | None = None,
+    system: str | Path | SystemSpec | None = None,
+) -> ChipSpec:  # fmt: skip
     """Put ``count`` devices of ``chip`` under the program and set the clocks to zero.
 
     With ``numerics=False`` tensors have shapes and no numbers (*shape-only*): a model of any size runs in no memory,
     and what needs a value raises NeedsValues. Build such a model without numbers too: ``with torch.device("npu"):``,
     or on "meta" and then ``to_empty(device="npu")``.
 
-    ``chip`` is a name from ``data/chips`` (or a path, or a ChipSpec); None means ``COURSE_CHIP`` or "mini".
+    ``chip`` is a name from ``data/chips`` (or a path, or a ChipSpec); None means the system's, or ``COURSE_CHIP`` or "mini".
+    ``system`` says what joins the chips of a distributed program: a name from ``data/systems``, a path or a SystemSpec;
+    None means ``COURSE_SYSTEM``, or the first system of such chips. ``count`` is by itself what torchrun says
+    (``LOCAL_WORLD_SIZE``), or 1; ``numerics`` is True unless ``COURSE_NUMERICS=0``.
     Tensors that live go on living, on the new chip; torch.OutOfMemoryError if they do not fit there,
     and then the old chip stays.
     """
-    global devices, current, host, backing
+    global devices, current, host, backing, settings, joined
     real.refuse("use()")
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if count is None else count
+    numerics = os.environ.get("COURSE_NUMERICS") != "0" if numerics is None else numerics
     if type(count) is not int or count < 1:
         raise ValueError(f"use(count={count!r}): the number of devices must be a whole number from 1 on")
     if ledgers:
         raise RuntimeError("use() inside `with npu.ledger()`: leave the ledger first, it counts for one chip")
     if not isinstance(chip, (str, Path, ChipSpec, type(None))):
         raise TypeError(f"use({chip!r}): expected the name of a chip, the path of a .toml file or a ChipSpec")
-    spec = chip if isinstance(chip, ChipSpec) else load_chip(chip or os.environ.get("COURSE_CHIP") or DEFAULT_CHIP)
-    settings, new_host = environment.read(), Host()
-    fresh = [Device(i, spec, new_host, settings) for i in range(settings.count(count))]
+    links = _system(system, chip)
+    own = links.chip if links else os.environ.get("COURSE_CHIP") or DEFAULT_CHIP
+    spec = chip if isinstance(chip, ChipSpec) else load_chip(chip or own)
+    new_settings, new_host = environment.read(), Host()
+    fresh = [Device(i, spec, new_host, new_settings) for i in range(new_settings.count(count))]
     new_backing = torch.device("cpu" if numerics else "meta")
     if live and new_backing != backing:
         raise RuntimeError(f"use(numerics={numerics}): {len(live)} storages live on npu, with{'out' if numerics else ''} numbers; delete their tensors first")
     _move_in(fresh)
-    backing = new_backing
+    backing, settings, joined = new_backing, new_settings, links
     for old, new in zip(devices, fresh):
         new.generator = old.generator
     devices, current, host = fresh, min(current, len(fresh) - 1), new_host
     return spec
+
+
+def _system(system: str | Path | SystemSpec | None, chip: object) -> SystemSpec | None:
+    """The system that is meant; one from the environment only where no chip is named."""
+    if isinstance(system, SystemSpec):
+        return system
+    name = system or (None if chip else os.environ.get("COURSE_SYSTEM"))
+    return load_system(name) if name else None
+
+
+def system() -> SystemSpec:
+    """What joins the chips: as ``use`` was told, or the first system of ``data/systems`` that is made of such chips."""
+    global joined
+    if joined is None:
+        name = devices[0].spec.name
+        joined = next((s for s in map(load_system, systems()) if s.chip == name), None)
+    if joined is None:
+        raise RuntimeError(f"what joins chips of the kind {name!r} is not known: no system in data/systems has them. Name one with npu.use({name!r}, system=…), or COURSE_SYSTEM")
+    return joined
 
 
 def _move_in(fresh: list[Device]) -> None:
@@ -178,6 +214,8 @@ def device(index: int | None) -> Device:
 
 host = Host()
 backing = torch.device("cpu")  # where the numbers lie; "meta" when there are none
+settings = environment.Settings()
+joined: SystemSpec | None = None  # what joins the chips, once known
 devices: list[Device] = []
 current = 0
 live: dict[int, Held] = {}

@@ -252,7 +252,7 @@ def _foreign(t: torch.Tensor, seen: list[NpuTensor], written: bool = False) -> t
 
 def _refuse_foreign(info: Info, args: tuple, kwargs: dict, seen: list[NpuTensor]) -> None:
     """What is written must lie on the device."""
-    for t in args[:1] if info.in_place else [kwargs[name] for name in info.outs]:
+    for t in args[:1] if info.in_place else _given(info, kwargs):
         if type(t) is not NpuTensor and isinstance(t, torch.Tensor):
             _foreign(t, seen, written=True)
 
@@ -311,9 +311,9 @@ _make, _strided = torch.Tensor._make_wrapper_subclass, torch.strided
 def _wrap_result(info: Info, result: Any, args: tuple, kwargs: dict, index: int) -> tuple[Any, tuple]:
     """(what the caller gets, the forms of new results). Written arguments come back as the objects given."""
     if info.outs:
-        given = tuple(kwargs[name] for name in info.outs)
+        given = _given(info, kwargs)
         _refresh(given)
-        return (given[0] if len(given) == 1 else given), ()
+        return (None if result is None else given[0] if len(given) == 1 else given), ()
     if info.in_place:
         _refresh((args[0],))
         return args[0], ()
@@ -321,6 +321,11 @@ def _wrap_result(info: Info, result: Any, args: tuple, kwargs: dict, index: int)
         wrapped = [wrap(r, index) if isinstance(r, torch.Tensor) else r for r in result]
         return type(result)(wrapped) if type(result) in (list, tuple) else tuple(wrapped), tuple([w._form for w in wrapped if type(w) is NpuTensor])
     return result, ()
+
+
+def _given(info: Info, kwargs: dict) -> tuple:
+    """The tensors to write into that the caller gave, ``out=``; one of them may be a list."""
+    return tuple([t for name in info.outs for t in (kwargs[name] if isinstance(kwargs[name], (list, tuple)) else [kwargs[name]])])
 
 
 def _refresh(written: tuple) -> None:

@@ -16,9 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,8 @@ def launch(fn: Callable[..., Any], *args: Any, ranks: int = 4, system: str | Non
         finally:
             _show(folder, ranks)
         if _failed(ended, folder):
-            raise_first(ended, ranks, folder)
+            error, cause = _first_failure(ended, ranks, folder)
+            raise error from cause
         return [pickle.loads((folder / f"result{at}").read_bytes()) for at in range(ranks)]
 
 
@@ -120,14 +120,13 @@ def _quiet_start() -> Iterator[None]:
     """Hide this program's main module, which multiprocessing would run again in the new process."""
     with _starting:
         main, level = sys.modules["__main__"], os.environ.get("TORCH_CPP_LOG_LEVEL")
-        sys.modules["__main__"] = types.ModuleType("__main__")
+        hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+        main.__spec__ = None
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when the forkserver imports it
         try:
-            if METHOD == "forkserver":
-                forkserver.ensure_running()
             yield
         finally:
-            sys.modules["__main__"] = main
+            vars(main).update(hidden)
             if level is None:
                 del os.environ["TORCH_CPP_LOG_LEVEL"]
 
@@ -163,28 +162,46 @@ def _failed(ended: dict[int, int], folder: Path) -> list[int]:
     return [at for at, code in ended.items() if code or not (folder / f"result{at}").exists()]
 
 
-def raise_first(ended: dict[int, int], ranks: int, folder: Path) -> None:
-    """RankError of the rank that failed first: one that died without a word, or the earliest to raise."""
-    failed = _failed(ended, folder)
-    told = {
-        at: pickle.loads((folder / f"failure{at}").read_bytes()) for at in failed if (folder / f"failure{at}").exists()
-    }
-    silent = [at for at in failed if at not in told and (ended[at] != -signal.SIGABRT or not told)]
-    if silent:
-        code = ended[silent[0]]
-        how = (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"ended with exit code {code} before its function returned"
-        )
-        raise RankError(f"rank {silent[0]} of {ranks} {how}; the other ranks were stopped", silent[0])
-    at = min(told, key=lambda at: told[at][0])
-    _, what, text, cause = told[at]
-    try:
-        cause = pickle.loads(cause) if cause else None
-    except Exception:
-        cause = None
-    raise RankError(f"rank {at} of {ranks} {what}\n\nIn rank {at}:\n{text}", at) from cause
+def _first_failure(ended: dict[int, int], ranks: int, folder: Path) -> tuple[RankError, Exception | None]:
+    """The error of the rank that failed first, and what it raised.
+
+    A rank that died without a word comes before those that lost it. An abort may itself follow from another's error.
+    """
+    files = {at: folder / f"failure{at}" for at in _failed(ended, folder)}
+    told = {at: pickle.loads(file.read_bytes()) for at, file in files.items() if file.exists()}
+    silent = [at for at in files if at not in told]
+    order = [at for at in silent if ended[at] != -signal.SIGABRT]
+    order += sorted((at for at in told if not told[at].lost), key=lambda at: told[at].when)
+    order += [at for at in silent if at not in order] + sorted(told, key=lambda at: told[at].when)
+    if order[0] in silent:
+        return RankError(
+            f"rank {order[0]} of {ranks} {_end(ended[order[0]])}; the other ranks were stopped", order[0]
+        ), None
+    at = min(at for at in told if told[at].what == told[order[0]].what)  # the same in many ranks: named by the lowest
+    done = [str(at) for at, code in ended.items() if at not in files]
+    hint = (
+        f"\n(ranks {', '.join(sorted(done))} had returned: does every rank call the same collectives?)"
+        if told[at].lost and done
+        else ""
+    )
+    return RankError(f"rank {at} of {ranks} {told[at].what}{hint}\n\nIn rank {at}:\n{told[at].text}", at), _exception(
+        told[at].cause
+    )
+
+
+def _end(code: int) -> str:
+    return (
+        f"was killed by {signal.Signals(-code).name}"
+        if code < 0
+        else f"ended with exit code {code} before its function returned"
+    )
+
+
+def _exception(pickled: bytes | None) -> Exception | None:
+    with contextlib.suppress(Exception):  # as of a class that takes other arguments than its message
+        error = pickle.loads(pickled)
+        return error if isinstance(error, Exception) else None
+    return None
 
 
 def _overdue(ended: dict[int, int], ranks: int, folder: Path, timeout: float) -> RankError:

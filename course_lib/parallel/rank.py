@@ -20,7 +20,7 @@ import types
 from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,10 @@ def ranks(device: str = "npu", system: str | None = None, numerics: bool = True)
     ``system`` (a name in data/systems, or a file) and ``numerics`` (False: shapes and times only) are for the emulated
     npu, and have to be said before it is imported.
     """
-    os.environ.update(emulation(device, system, numerics))
+    wanted = emulation(device, system, numerics)
+    if EMULATOR in sys.modules and wanted.items() - os.environ.items():
+        raise RuntimeError(f"{EMULATOR} is imported already; import it after, or set {wanted} in the environment")
+    os.environ.update(wanted)
     alone = "RANK" not in os.environ
     local = 0 if alone else int(os.environ["LOCAL_RANK"])
     if alone or os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
@@ -88,6 +91,16 @@ def stay_on_this_machine() -> None:
     os.environ.setdefault("GLOO_LOG_LEVEL", "ERROR")
 
 
+class Failure(NamedTuple):
+    """What a rank raised: whether for a lost connection, when, as a line, as a traceback, and pickled if that is possible."""
+
+    lost: bool
+    when: float
+    what: str
+    text: str
+    cause: bytes | None
+
+
 # -- a process of launch --------------------------------------------------------------------------------------------
 
 
@@ -101,7 +114,7 @@ def run(rank: int, folder: Path, environment: dict[str, str], options: dict[str,
         with ranks(**options):
             try:
                 fn, args = pickle.loads((folder / "call").read_bytes())
-                result = portable.dumps(fn(*args), "the result", to_cpu=True)
+                result = portable.dumps(fn(*args), "the result", back=True)
             except BaseException as error:
                 _fail(error, folder, rank)
         _write(folder / f"result{rank}", result)
@@ -136,15 +149,15 @@ def _follow() -> None:
 def _fail(error: BaseException, folder: Path, rank: int) -> None:
     """Write what was raised, with its time, and end without a word to other ranks, whose own errors come later."""
     when, trace = time.monotonic(), error.__traceback__
-    while trace and trace.tb_frame.f_code.co_filename in (__file__, contextlib.__file__):
+    while trace and trace.tb_frame.f_code.co_filename in (__file__, portable.__file__, contextlib.__file__):
         trace = trace.tb_next
-    text = "".join(traceback.format_exception(type(error), error, trace or error.__traceback__))
-    try:
-        cause = portable.dumps(error.with_traceback(None), "the exception", to_cpu=True)
-    except Exception:
-        cause = None
-    what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else "raised " + _last_line(error)
-    _write(folder / f"failure{rank}", pickle.dumps((when, what, text, cause)))
+    text = "".join(traceback.format_exception(type(error), error, trace))
+    cause = None
+    with contextlib.suppress(Exception):  # then the text is all
+        cause = portable.dumps(error.with_traceback(None), "the exception", back=True)
+    what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {_last_line(error)}"
+    lost = isinstance(error, RuntimeError) and "onnection" in what  # another rank's end is why
+    _write(folder / f"failure{rank}", pickle.dumps(Failure(lost, when, what, text, cause)))
     _end(1)
 
 

@@ -1,11 +1,12 @@
-"""Measured kernels beside what the chip model says of them: how far our figures can be trusted.
+"""Measured kernels and collectives beside what the chip model says of them: how far our figures can be trusted.
 
-``data/published/kernels.toml`` has the rows with their sources. Rows on which a constant was calibrated say which; all
-others are predictions, and only these enter the median.
+``data/published/kernels.toml`` and ``collectives.toml`` have the rows with their sources. Rows on which a constant was
+calibrated say which; all others are predictions, and only these enter the median.
 
     python -m course_lib.chip.published > docs/kernels.md
 """
 
+import math
 import statistics
 import tomllib
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from course_lib import data
+from course_lib.chip.collectives import transfer
 from course_lib.chip.core import Run, empty, launch
 from course_lib.chip.core.kernels import matmul as ladder
 from course_lib.chip.core.kernels.matmul import matmul
@@ -20,7 +22,7 @@ from course_lib.chip.core.kernels.reuse import hit_rate
 from course_lib.chip.core.kernels.tiles import largest
 from course_lib.chip.cost import Matmul, Work, cost
 from course_lib.chip.figures import DTYPES
-from course_lib.chip.spec import ChipSpec, load_chip
+from course_lib.chip.spec import ChipSpec, load_chip, load_system
 
 PS, TERA, GIGA, MICRO = 1e-12, 1e12, 1e9, 1e-6
 LARGE = 8192  # a product of this side is large on every chip
@@ -50,9 +52,21 @@ class Row:
 
 @cache
 def rows(*beginnings: str) -> tuple[Row, ...]:
-    """All rows, or those whose names begin with one of ``beginnings``, computed."""
-    text = data.path("published", "kernels.toml").read_text(encoding="utf-8")
-    return tuple(_row(entry) for entry in tomllib.loads(text)["row"] if entry["name"].startswith(beginnings or ""))
+    """All kernels' rows, or those whose names begin with one of ``beginnings``, computed."""
+    return tuple(
+        _row(entry, KINDS[entry["kind"]](load_chip(entry["chip"]), entry)) for entry in _read("kernels", beginnings)
+    )
+
+
+@cache
+def collectives(*beginnings: str) -> tuple[Row, ...]:
+    """All collectives' rows, or those whose names begin with one of ``beginnings``, computed."""
+    return tuple(_row(entry, _collective(entry)) for entry in _read("collectives", beginnings))
+
+
+def _read(name: str, beginnings: tuple[str, ...]) -> list[dict]:
+    text = data.path("published", f"{name}.toml").read_text(encoding="utf-8")
+    return [entry for entry in tomllib.loads(text)["row"] if entry["name"].startswith(beginnings or "")]
 
 
 def median_error(of: tuple[Row, ...] | None = None) -> float:
@@ -60,22 +74,31 @@ def median_error(of: tuple[Row, ...] | None = None) -> float:
     return statistics.median(abs(row.error) for row in of or rows() if not row.calibrated)
 
 
-def table(of: tuple[Row, ...] | None = None) -> str:
+def table(of: tuple[Row, ...] | None = None, what: str = "kernel") -> str:
     """The rows as Markdown, worst prediction and median below."""
-    lines = ["| kernel | measured | ours | error | |", "|---|---:|---:|---:|---|"]
+    lines = [f"| {what} | measured | ours | error | |", "|---|---:|---:|---:|---|"]
     of = of or rows()
     for row in of:
         mark = "calibrated" if row.calibrated else row.reason
         unit = "µs" if row.unit == "us" else row.unit
-        lines.append(f"| {row.name} | {row.measured:,.4g} {unit} | {row.ours:,.4g} {unit} | {row.error:+.1%} | {mark} |")
+        lines.append(
+            f"| {row.name} | {row.measured:,.4g} {unit} | {row.ours:,.4g} {unit} | {row.error:+.1%} | {mark} |"
+        )
     predicted = [row for row in of if not row.calibrated]
     worst = max(predicted, key=lambda row: abs(row.error))
-    lines += ["", f"{len(predicted)} predictions: median error {median_error(of):.1%}, worst {worst.error:+.1%} ({worst.name})."]
+    lines += [
+        "",
+        f"{len(predicted)} predictions: median error {median_error(of):.1%}, worst {worst.error:+.1%} ({worst.name}).",
+    ]
     return "\n".join(lines)
 
 
-def _row(entry: dict) -> Row:
-    ours = KINDS[entry["kind"]](load_chip(entry["chip"]), entry)
+def page() -> str:
+    """What docs/kernels.md has."""
+    return "\n".join((TITLE, table(), COLLECTIVES, table(collectives(), "collective"))) + "\n"
+
+
+def _row(entry: dict, ours: float) -> Row:
     rest = (entry["unit"], entry.get("calibrated", ""), entry.get("reason", ""), entry["source"])
     return Row(entry["name"], entry["measured"], ours, *rest)
 
@@ -88,7 +111,9 @@ def _gemm(chip: ChipSpec, entry: dict) -> float:
     if entry.get("engine"):
         return 2 * m * k * n / (PS * _on_the_engine(chip, m, k, n, entry["dtype"]).ps + chip.launch_device) / TERA
     size = DTYPES[entry["dtype"]]
-    paid = cost(chip, Work((Matmul(1, m, k, n, entry["dtype"]),), bytes_read=size * (m * k + k * n), bytes_written=2 * m * n))
+    paid = cost(
+        chip, Work((Matmul(1, m, k, n, entry["dtype"]),), bytes_read=size * (m * k + k * n), bytes_written=2 * m * n)
+    )
     seconds = PS * (paid.ps if entry.get("launch") else paid.ps - paid.launch_ps)
     return seconds / MICRO if entry["unit"] == "us" else 2 * m * k * n / seconds / TERA
 
@@ -117,7 +142,9 @@ def _mla(chip: ChipSpec, entry: dict) -> float:
     rows, dtype, scores = entry["rows"], "bfloat16", CONTEXTS * entry["rows"] * TOKENS
     products = (Matmul(CONTEXTS, rows, LATENT + ROPE, TOKENS, dtype), Matmul(CONTEXTS, rows, TOKENS, LATENT, dtype))
     read = CONTEXTS * TOKENS * (LATENT + ROPE) * DTYPES[dtype]
-    work = Work(products, VECTOR_PER_SCORE * scores, "float32", read, CONTEXTS * rows * LATENT * 2, exchanged=6 * scores)
+    work = Work(
+        products, VECTOR_PER_SCORE * scores, "float32", read, CONTEXTS * rows * LATENT * 2, exchanged=6 * scores
+    )
     paid = cost(chip, work)
     seconds = PS * (paid.ps - paid.launch_ps)
     return read / seconds / GIGA if entry["unit"] == "GB/s" else paid.cube_flops / seconds / TERA
@@ -137,11 +164,21 @@ def _l2(chip: ChipSpec, entry: dict) -> float:
     return 100 * hit_rate(chip, side, side, side, largest("float16"), entry["group"], chip.cube_cores)
 
 
+def _collective(entry: dict) -> float:
+    """Microseconds; or GB/s, of the payload or of what a ring would carry (``bus``)."""
+    system = load_system(entry["system"]).having(**entry.get("change", {}))
+    ranks, payload = entry["ranks"], math.prod(entry["payload"])
+    seconds = PS * transfer(system, entry["collective"], payload, range(ranks)).ps
+    counted = 2 * (ranks - 1) / ranks * payload if entry.get("bus") else payload
+    return seconds / MICRO if entry["unit"] == "us" else counted / seconds / GIGA
+
+
 KINDS: dict[str, Callable[[ChipSpec, dict], float]] = {
     "gemm": _gemm, "busy": _busy, "peak": _peak, "copy": _copy, "mla": _mla, "ladder": _ladder, "l2": _l2,
 }  # fmt: skip
 
 TITLE = "# Measured kernels beside ours\n\nMade by `python -m course_lib.chip.published`; sources are in `data/published/kernels.toml`.\n"
+COLLECTIVES = "\n# Measured collectives beside ours\n\nSources and payloads are in `data/published/collectives.toml`.\n"
 
 if __name__ == "__main__":
-    print(TITLE, table(), sep="\n")
+    print(page(), end="")

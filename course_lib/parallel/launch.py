@@ -44,7 +44,7 @@ class RankError(RuntimeError):
 
 def launch(fn: Callable[..., Any], *args: Any, ranks: int = 4, system: str | None = None, device: str = "npu",
            numerics: bool = True, timeout: float = 120) -> list[Any]:  # fmt: skip
-    """What ``fn(*args)`` returns in each of ``ranks`` processes, by rank; tensors come back on the cpu.
+    """What ``fn(*args)`` returns in each of ``ranks`` processes, by rank; tensors come back on the cpu (on meta, without numerics).
 
     Each is set up as by torchrun: environment, device, process group (hccl on npu, gloo on cpu). ``system`` is a name in
     data/systems or a file; ``numerics=False`` computes shapes and emulated times only; ``timeout`` is in seconds of this
@@ -73,7 +73,15 @@ def launch(fn: Callable[..., Any], *args: Any, ranks: int = 4, system: str | Non
         if _failed(ended, folder):
             error, cause = _first_failure(ended, ranks, folder)
             raise error from cause
-        return [pickle.loads((folder / f"result{at}").read_bytes()) for at in range(ranks)]
+        return [_result(folder, at) for at in range(ranks)]
+
+
+def _result(folder: Path, at: int) -> Any:
+    try:
+        return pickle.loads((folder / f"result{at}").read_bytes())
+    except Exception as error:
+        advice = "return numbers and tensors, or import here what the ranks import"
+        raise TypeError(f"what rank {at} returned cannot be read in this process: {error}; {advice}") from error
 
 
 # -- starting and stopping ------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 
 def has_import(obj: Any) -> bool:
     """Whether another process finds this function or class by its module and name."""
@@ -83,7 +85,7 @@ def parts(obj: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}[{key!r}]", value) for key, value in obj.items())
     elif isinstance(obj, (list, tuple, set)):
         yield from ((f"{name}[{at}]", value) for at, value in enumerate(obj))
-    elif hasattr(obj, "__dict__"):
+    elif hasattr(obj, "__dict__") and not isinstance(obj, torch.Tensor):
         yield from ((f"{name}.{attribute}", value) for attribute, value in vars(obj).items() if attribute != "__dict__")
         if not isinstance(obj, type):
             yield f"class {type(obj).__name__}", type(obj)

@@ -5,6 +5,7 @@ inside another there is nothing to import in another process. Such a function go
 attributes, with what they need and nothing else of the namespace. Sent back, either is the original again.
 """
 
+import builtins
 import dataclasses
 import enum
 import functools
@@ -47,7 +48,7 @@ def dumps(obj: Any, name: str, back: bool = False) -> bytes:
     """``obj`` as bytes for ``pickle.loads``; TypeError says which part of it, called ``name``, cannot go.
 
     ``back`` is for the way back: what came from there is named, and tensors on a device are copied to the cpu, which
-    are refused on the way there.
+    are refused on the way there (to meta those that have no numbers).
     """
     try:
         return _dumps(obj, back)
@@ -91,7 +92,7 @@ class Pickler(pickle.Pickler):
             if self.back and id(obj) in _received:
                 return _original, (_received[id(obj)][1],)
             return NotImplemented if obj.__module__ == "builtins" or has_import(obj) else self._by_value(obj)
-        if isinstance(obj, torch.Tensor) and obj.device.type != "cpu":
+        if isinstance(obj, torch.Tensor) and obj.device.type not in ("cpu", "meta"):
             return self._tensor(obj)
         if id(obj) in SENTINELS:
             return getattr, (dataclasses, SENTINELS[id(obj)])
@@ -110,7 +111,10 @@ class Pickler(pickle.Pickler):
             raise NotPortable("a DTensor is spread over ranks; use its full_tensor() or to_local()")
         if not self.back:
             raise NotPortable(f"it lies on {tensor.device}, of which each rank has its own; pass x.cpu()")
-        copy = tensor.detach().cpu()
+        if os.environ.get("COURSE_NUMERICS") == "0":  # there are no numbers
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        else:
+            copy = tensor.detach().cpu()
         if isinstance(tensor, torch.nn.Parameter):
             copy = torch.nn.Parameter(copy, tensor.requires_grad)
         self.copies.append(copy)  # pickle knows objects by their id, which no other may be given meanwhile
@@ -182,6 +186,7 @@ def _space(name: str) -> dict[str, Any]:
             importlib.import_module(name)
         except ImportError:
             sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).setdefault("__builtins__", builtins)  # as import does, and C code expects
     return vars(sys.modules[name])
 
 

@@ -97,7 +97,7 @@ def _attention(scores: Core, mix: Core | None, B: int, T: int, S: int, dtype: st
     """Flash attention over the pairs that are seen: queries, keys and values in, results out."""
     pairs = scores.pairs(T, S, "causal")
     widths = [scores.width] + ([mix.width] if mix else [])
-    products = tuple(m for width in widths for m in _pairs(B * scores.heads, T, pairs, width, dtype))
+    products = tuple(m for width in widths for m in pairs_as_products(B * scores.heads, T, pairs, width, dtype))
     size, keys = DTYPES[dtype], sum(k.full(1, S) for k in scores.keys)
     shared = scores.kv_heads * (scores.width + (mix.width if mix and not scores.joint else 0))
     read = size * B * (T * scores.heads * scores.width + keys * shared)
@@ -105,7 +105,7 @@ def _attention(scores: Core, mix: Core | None, B: int, T: int, S: int, dtype: st
     return Work(products, SOFTMAX * B * scores.heads * pairs, "float32", read, written)
 
 
-def _pairs(batch: int, T: int, pairs: int, width: int, dtype: str) -> tuple[Matmul, ...]:
+def pairs_as_products(batch: int, T: int, pairs: int, width: int, dtype: str) -> tuple[Matmul, ...]:
     """``batch`` products with ``pairs`` results of inner dimension ``width``: exactly 2·pairs·width FLOPs each."""
     for rows in (T // 2, T):
         if rows and pairs % rows == 0:

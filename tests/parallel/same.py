@@ -30,6 +30,7 @@ from course_lib.llm.model import Transformer
 
 STEPS, ROWS = 5, 8
 CLIP = 0.5  # below the norm of the first gradients, so that clipping counts
+ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 TOLERANCE = 2e-5  # absolute, of losses and of weights
 
 
@@ -62,9 +63,7 @@ def batches(config: Config, steps: int = STEPS, rows: int = ROWS) -> list[tuple[
 
 def adamw(parameters: Iterable[Tensor], **changes: float) -> torch.optim.AdamW:
     """The optimizer of all runs."""
-    return torch.optim.AdamW(
-        parameters, **{"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1} | changes
-    )
+    return torch.optim.AdamW(parameters, **ADAMW | changes)
 
 
 @cache

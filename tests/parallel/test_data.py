@@ -11,7 +11,7 @@ from course_lib.parallel import launch
 from course_lib.parallel.data import MB, WAYS, Buckets, average, fill, mean, replicate, ring_all_reduce, share
 from tests.parallel.same import CLIP, Run, adamw, alone, assert_same, batches, close, shape, whole
 
-DEVICES = ["cpu"]
+CASES = [("cpu", 4), ("npu", 2)]  # device, ranks
 SMALL = 16e3 / MB  # 16 kB: several buckets for the micro model
 
 
@@ -66,7 +66,7 @@ def everything(config: Config, device: str) -> dict:
                    "accumulated": accumulate(config, device)}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[(device, ranks) for device in DEVICES for ranks in (2, 4)], ids=str)
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def found(request: pytest.FixtureRequest) -> list[dict]:
     device, ranks = request.param
     return launch(everything, shape(), device, ranks=ranks, device=device, timeout=60)

@@ -24,6 +24,7 @@ from torch import Tensor
 from course_lib.llm import checkpoint
 from course_lib.llm.corpus import Batches, Corpus
 from course_lib.llm.trainer import Settings, Trainer
+from course_lib.parallel import data
 from course_lib.parallel.launch import RankError, launch
 
 MOMENTS = ("step", "save")
@@ -193,24 +194,16 @@ class Share:
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (B/P, T) each."""
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        return tuple(rows.chunk(ranks)[rank] for rows in self.whole.draw())
+        return tuple(data.share(rows) for rows in self.whole.draw())
 
 
 def share(trainer: Trainer) -> None:
-    """Data parallelism: each rank takes its rows, and gradients and losses are averaged over the ranks."""
+    """Naive data parallelism within the trainer's own step: its rows are shared, each gradient and loss averaged."""
     trainer.batches = Share(trainer.batches)
     for p in trainer.model.parameters():
-        p.register_hook(average)
+        p.register_hook(data.mean)
     alone = trainer.step
-    trainer.step = lambda number: average(alone(number))
-
-
-def average(x: Tensor) -> Tensor:
-    """The mean of x over all ranks, of x's shape."""
-    x = x / dist.get_world_size()
-    dist.all_reduce(x)
-    return x
+    trainer.step = lambda number: data.mean(alone(number))
 
 
 def arm(trainer: Trainer, kill: Kill) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._C import _distributed_c10d as c10d
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from course_lib.npu import runtime
 from course_lib.npu.hccl import Call, Communicator, Work, communicator
@@ -263,6 +264,13 @@ def wait_tensor(tensor: NpuTensor) -> NpuTensor:
     for work in _pending.pop(tensor._held.key, ()):
         work.wait()
     return tensor
+
+
+if hasattr(FUNCTIONAL, "_wrap_tensor_autograd"):  # newer PyTorch wraps the results by an operator
+
+    @handler(FUNCTIONAL._wrap_tensor_autograd.default)
+    def wrap_tensor(given: NpuTensor) -> AsyncCollectiveTensor:
+        return AsyncCollectiveTensor(given)
 
 
 @handler(FUNCTIONAL.all_reduce.default)

@@ -5,9 +5,9 @@
     capacity   the same with room for a fixed number of tokens for each expert: more are dropped, fewer leave padding.
                Shapes then depend on no value, and ranks need not tell each other anything (GShard, arXiv:2006.16668)
 
-What is not routed (router, shared experts, attention) is replicated, and each rank has tokens of its own. So a rank
-divides its mean loss by the number of ranks, and gradients are *sums*: of a replicated weight over all ranks, of an
-expert's over the ranks that hold the same expert. What an expert learns from other ranks' tokens came by all-to-all.
+What is not routed (router, shared experts, attention) is replicated, and each rank has tokens of its own. Gradients of
+the mean over all tokens are sums divided by the number of all ranks: of a replicated weight the sum over all ranks, of
+an expert's only over those that hold the same expert, for what it learns from other tokens came by all-to-all.
 
 N tokens on a rank, k experts for each, E experts, P ranks in the group that shares them, C the capacity.
 """
@@ -143,15 +143,21 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, way: str = "exchange", fac
         raise ValueError(f"unknown way {way!r}; expected one of {', '.join(WAYS)}")
     for part in [module for module in model.modules() if isinstance(module, Experts)]:
         if part.shape.routed % mesh.size(-1):
-            raise ValueError(f"{part.shape.routed} routed experts do not divide among {mesh.size(-1)} ranks")
+            raise ValueError(f"{part.shape.routed} routed experts do not divide among {mesh.size(-1)} ranks; give a number of ranks that divides {part.shape.routed}")
         part.__class__ = WAYS[way]  # the same module with other methods, so that names of weights stay
         part.mesh = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim > 1 else mesh
         part.group, part.factor = part.mesh.get_group(), factor
-        part.data = (mesh._flatten() if mesh.ndim > 1 else mesh).get_group()
+        part.data = data_group(mesh)
         for name in ("gate", "up", "down"):
-            local = getattr(part, name).detach().chunk(mesh.size(-1))[mesh.get_local_rank(-1)].clone()
+            local = getattr(part, name).detach().chunk(mesh.size(-1))[mesh.get_local_rank(-1)]
+            local = local.clone() if local.is_meta else local.to(mesh.device_type, copy=True)  # or all would stay
             placed = DTensor.from_local(local, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)], run_check=False)
             setattr(part, name, nn.Parameter(placed))
+
+
+def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """All ranks of the mesh that `shard_experts` takes: those with tokens of the same step."""
+    return (mesh._flatten("dp") if mesh.ndim > 1 else mesh).get_group()
 
 
 def is_expert(parameter: Tensor) -> bool:

@@ -17,24 +17,18 @@ read a byte of the sum and write it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 
 import numpy as np
 
+from course_lib.chip.algorithms import KINDS, Named, named_algorithms
 from course_lib.chip.cost import Work, cost
+from course_lib.chip.exchange import unequal
 from course_lib.chip.figures import SpecError, UnknownFigure
-from course_lib.chip.links import BETWEEN, DIRECT, MESH, NAMES, PAIRWISE, Link, Terms, both, one_link, two_links, uneven
+from course_lib.chip.links import BETWEEN, DIRECT, NAMES, PAIRWISE, Link, Terms, one_link, two_links, uneven
 from course_lib.chip.spec import LinkSpec, SystemSpec, load_chip
 
-KINDS = (
-    "all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce", "gather", "scatter", "all_to_all", "send",
-    "barrier",
-)  # fmt: skip
-OPERATORS = {  # HCCL_ALGO's names
-    "allreduce": "all_reduce", "reducescatter": "reduce_scatter", "allgather": "all_gather", "broadcast": "broadcast",
-    "reduce": "reduce", "scatter": "scatter", "alltoall": "all_to_all",
-}  # fmt: skip
-LEVEL1 = {"ring": "ring", "H-D_R": "H-D_R", "NHR": "NHR", "NB": "NB", "pipeline": "pipeline", "pairwise": "pairwise"}
+__all__ = ["KINDS", "Group", "Transfer", "closed", "gamma", "group", "link", "transfer"]
+
 PICO = 1e12
 
 
@@ -75,6 +69,7 @@ def transfer(
     Raises ValueError for an unknown kind or a malformed argument, SpecError for a rank that the system has not,
     UnknownFigure where the system's file lacks a link's latency or bandwidth.
     """
+    ranks = tuple(ranks) if isinstance(ranks, list) else ranks
     if sizes is not None:
         return _unequal(system, kind, tuple(ranks), algorithm, sizes)
     if nbytes < 0:
@@ -103,33 +98,55 @@ def group(system: SystemSpec, ranks: Sequence[int]) -> Group:
 
 @lru_cache(maxsize=65536)
 def _closed(system: SystemSpec, kind: str, nbytes: int, g: Group, algorithm: str | None) -> Transfer:
-    named = named_algorithm(system, kind, algorithm)
+    named = named_algorithms(system, kind, algorithm)
     if kind == "send" and g.p > 2:
         raise ValueError(f"send has two ranks, source and destination, not {g.p}")
     if g.p == 1:
         return Transfer(0, "", "latency", 0, 0, 0, 0, 0)
-    up = link(system, "scale_up", g.near) if g.m > 1 else None
-    out = link(system, "scale_out") if g.N > 1 else None
-    return _transfer(closed(kind, nbytes, g.p, g.N, g.m, g.l, up, out, gamma(system.chip), named), up, out)
+    up, out = _links(system, g)
+    return _transfer(closed(kind, nbytes, g.p, g.N, g.m, g.l, up, out, gamma(system.chip), named, g.near), up, out)
 
 
 def closed(
-    kind: str, n: int, p: int, N: int, m: int, l: int, up: Link | None, out: Link | None, gamma: float, named: int
-) -> Terms:
+    kind: str, n: int, p: int, N: int, m: int, l: int, up: Link | None, out: Link | None, gamma: float, named: Named,
+    near: bool,
+) -> Terms:  # fmt: skip
     """The closed form that fits where p ranks lie: in N networks, m in the fullest and l in the emptiest.
 
     All counts may be arrays, so long as every element has the same case: one network, one rank in each, as many, or not.
     """
+    names = named[0] if near else named[1], named[2]
     if kind == "barrier":
         kind, n = "all_reduce", 0
     if kind == "send":
         found = one_link("all_to_all", 2 * n, 2, up or out, gamma, PAIRWISE)
         return found._replace(algorithm=DIRECT * (BETWEEN if up is None else 1))
     if out is None or up is None:
-        return one_link(kind, n, p, up or out, gamma, named)
+        return one_link(kind, n, p, up or out, gamma, names[out is not None])
     if np.all(l == m):
-        return two_links(kind, n, p, N, m, up, out, gamma, named)
-    return uneven(kind, n, p, N, m, l, up, out, gamma, named)
+        return two_links(kind, n, p, N, m, up, out, gamma, names)
+    return uneven(kind, n, p, N, m, l, up, out, gamma, names)
+
+
+@lru_cache(maxsize=4096)
+def _unequal(system: SystemSpec, kind: str, ranks: tuple[int, ...], algorithm: str | None, sizes: tuple) -> Transfer:
+    if kind != "all_to_all":
+        raise ValueError(f"sizes go with all_to_all, not with {kind}")
+    if len(sizes) != len(ranks) or any(len(row) != len(ranks) or min(row) < 0 for row in sizes):
+        raise ValueError(
+            f"sizes: expected {len(ranks)} rows of {len(ranks)} byte counts of 0 or more, as there are ranks"
+        )
+    g, named = group(system, ranks), named_algorithms(system, kind, algorithm)
+    if g.p == 1:
+        return Transfer(0, "", "latency", 0, 0, 0, 0, 0)
+    up, out = _links(system, g)
+    parts = [rank // system.reach for rank in ranks]
+    return _transfer(unequal(sizes, parts, up, out, (named[0] if g.near else named[1], named[2])), up, out)
+
+
+def _links(system: SystemSpec, g: Group) -> tuple[Link | None, Link | None]:
+    """The links that the group uses."""
+    return link(system, "scale_up", g.near) if g.m > 1 else None, link(system, "scale_out") if g.N > 1 else None
 
 
 def _transfer(found: Terms, up: Link | None, out: Link | None) -> Transfer:
@@ -180,111 +197,3 @@ def _known(system: SystemSpec, key: str, name: str) -> float:
 def gamma(chip: str) -> float:
     """Seconds to reduce a byte: one is read, one is written in the chip's memory. Of no use to whom nothing is reduced."""
     return cost(load_chip(chip), Work(bytes_read=10**9, bytes_written=10**9)).memory_ps / 10**9 / PICO
-
-
-# -- HCCL_ALGO ------------------------------------------------------------------------------------------
-
-
-def named_algorithm(system: SystemSpec, kind: str, algorithm: str | None) -> int:
-    """The code of the algorithm that HCCL_ALGO names for ``kind`` between nodes (supernodes: level2); 0: none."""
-    if kind not in KINDS:
-        raise ValueError(f"no collective named {kind!r}; there are {', '.join(KINDS)}")
-    levels = parse(algorithm).get(kind, {}) if algorithm else {}
-    name = levels.get("level2" if system.reach > system.chips_per_node else "level1", "")
-    fits = (name == "pairwise") == (kind == "all_to_all") or not name
-    return NAMES.index(name) if fits else 0  # HCCL chooses by itself where an algorithm does not fit the operator
-
-
-@lru_cache(maxsize=256)
-def parse(algorithm: str) -> dict[str, dict[str, str]]:
-    """{kind: {"level0": …, "level1": …}} of a value of HCCL_ALGO, for all kinds or per operator; ValueError if malformed.
-
-    >>> parse("allreduce=level0:NA;level1:NHR/alltoall=level0:NA;level1:pairwise")["all_to_all"]["level1"]
-    'pairwise'
-    """
-    parts = algorithm.split("/")
-    if "=" not in algorithm and len(parts) == 1:
-        return dict.fromkeys(KINDS, _levels(algorithm))
-    found = {}
-    for part in parts:
-        operator, _, levels = part.partition("=")
-        if operator not in OPERATORS or OPERATORS[operator] in found:
-            raise ValueError(
-                f"HCCL_ALGO: {operator!r} in {algorithm!r}: expected each operator once, of {', '.join(OPERATORS)}"
-            )
-        found[OPERATORS[operator]] = _levels(levels)
-    return found
-
-
-def _levels(text: str) -> dict[str, str]:
-    found = {}
-    for part in text.split(";"):
-        level, _, name = part.partition(":")
-        known = {"level0": ["NA"], "level1": list(LEVEL1), "level2": list(LEVEL1)}.get(level, [])
-        if name not in known or level in found:
-            raise ValueError(
-                f"HCCL_ALGO: {part!r} in {text!r}: expected level0:NA;level1:<algorithm>, "
-                f"the algorithm one of {', '.join(LEVEL1)} (NHR_V1 and AHC are not modelled)"
-            )
-        found[level] = name
-    return found
-
-
-# -- all-to-all of unequal parts --------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def _unequal(system: SystemSpec, kind: str, ranks: tuple[int, ...], algorithm: str | None, sizes: tuple) -> Transfer:
-    """As the closed forms, with the largest part in place of n / p: on a pair's link, and on a port, sending or receiving."""
-    if kind != "all_to_all":
-        raise ValueError(f"sizes go with all_to_all, not with {kind}")
-    if len(sizes) != len(ranks) or any(len(row) != len(ranks) for row in sizes) or min(chain(*sizes)) < 0:
-        raise ValueError(
-            f"sizes: expected {len(ranks)} rows of {len(ranks)} byte counts of 0 or more, as there are ranks"
-        )
-    g, named = group(system, ranks), named_algorithm(system, kind, algorithm)
-    if g.p == 1:
-        return Transfer(0, "", "latency", 0, 0, 0, 0, 0)
-    up = link(system, "scale_up", g.near) if g.m > 1 else None
-    out = link(system, "scale_out") if g.N > 1 else None
-    order = sorted(range(g.p), key=lambda i: (ranks[i] // system.reach, i))
-    matrix = np.array(sizes, dtype=float)[np.ix_(order, order)]
-    part = np.array([ranks[i] // system.reach for i in order])
-    return _transfer(_matrix_terms(matrix, part, g, up, out, named), up, out)
-
-
-def _matrix_terms(sizes: np.ndarray, part: np.ndarray, g: Group, up: Link, out: Link, named: int) -> Terms:
-    np.fill_diagonal(sizes, 0)
-    if g.N == 1 or g.m == 1:
-        return _one(sizes, up or out, named)
-    if g.l == g.m and up.mesh:  # inside to the chip with the destination's place, then between
-        whole = sizes.reshape(g.N, g.m, g.N, g.m)
-        inside = [_one(_off_diagonal(whole[node].sum(1)), up, 0) for node in range(g.N)]
-        between = [_one(_off_diagonal(whole[:, :, :, place].sum(1)), out, named) for place in range(g.m)]
-        return both(*(max(found, key=lambda term: term.seconds) for found in (inside, between)))
-    same = part[:, None] == part
-    near, far = _one(sizes * same, up, named), _one(sizes * ~same, out, named)
-    if named == PAIRWISE:
-        return both(near, far)._replace(steps=g.p - 1, algorithm=PAIRWISE * BETWEEN)
-    longer = max(near, far, key=lambda term: term.seconds)
-    return longer._replace(up_bytes=near.up_bytes, out_bytes=far.out_bytes, algorithm=DIRECT * BETWEEN)
-
-
-def _off_diagonal(sizes: np.ndarray) -> np.ndarray:
-    return sizes * (1 - np.eye(len(sizes)))
-
-
-def _one(sizes: np.ndarray, at: Link, named: int) -> Terms:
-    """The parts of one link, ``sizes`` without what a rank keeps."""
-    busiest = max(sizes.sum(0).max(), sizes.sum(1).max())
-    if named == PAIRWISE and not (at.mesh and not at.out):
-        p = len(sizes)
-        index = np.arange(p)
-        most = sum(sizes[index, (index + k) % p].max() for k in range(1, p))
-        code, steps, seconds = PAIRWISE, p - 1, most / min(at.peer, at.port)
-    else:
-        code, steps = MESH if at.mesh else DIRECT, 1
-        seconds = max(sizes.max() / at.peer, busiest / at.port)
-    times = (steps * at.alpha, 0.0, seconds) if at.out else (steps * at.alpha, seconds, 0.0)
-    sent = (0.0, busiest) if at.out else (busiest, 0.0)
-    return Terms(*times, 0.0, *sent, steps, code * (BETWEEN if at.out else 1))

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 Number = int | float | np.ndarray
+Names = tuple[int, int]  # codes of the algorithms asked for, inside and between nodes; 0: none
 NAMES = ("", "mesh", "ring", "NHR", "H-D_R", "NB", "pipeline", "pairwise", "direct")  # a code is a place in this list
 MESH, RING, NHR, HD, NB, PIPELINE, PAIRWISE, DIRECT = range(1, 9)
 BETWEEN = 16  # algorithm = code inside + 16 × code between
@@ -152,36 +153,44 @@ STEPPED: dict[int, Callable[..., Terms]] = {
 def one_link(kind: str, n: Number, p: Number, link: Link, gamma: float, named: int = 0) -> Terms:
     """The algorithm ``named``, or as HCCL chooses by itself: mesh where each peer has its link, else the quickest."""
     if kind == "all_to_all":
-        if named == PAIRWISE:
-            return by_steps(kind, n, p, link, gamma, PAIRWISE, np.asarray(p) - 1)
-        return mesh(kind, n, p, link, gamma, MESH if link.mesh else DIRECT)
-    if link.mesh:
-        return mesh(kind, n, p, link, gamma)
+        return _exchange(n, p, link, named)
     named = RING if link.ring else named
     if named in STEPPED:
         return STEPPED[named](kind, n, p, link, gamma)
+    if link.mesh or named == MESH:
+        return mesh(kind, n, p, link, gamma)
     codes = (RING, NHR, HD) if kind in SCATTERED else (RING, HD)
     return quickest([STEPPED[code](kind, n, p, link, gamma) for code in codes])
+
+
+def _exchange(n: Number, p: Number, link: Link, named: int) -> Terms:
+    """All-to-all: to all at once, to one after the other, or round a ring, where parts pass p / 2 ranks on average."""
+    if link.ring:
+        sent = (p - 1) * n / 2
+        return _terms(link, RING, np.asarray(p) - 1, sent / min(link.peer, link.port), sent)
+    if named == PAIRWISE:
+        return by_steps("all_to_all", n, p, link, 0, PAIRWISE, np.asarray(p) - 1)
+    return mesh("all_to_all", n, p, link, 0, MESH if link.mesh else DIRECT)
 
 
 # -- two links: N nodes of m ranks, the smallest of l -----------------------------------------------------------------
 
 
 def two_links(
-    kind: str, n: Number, p: Number, N: Number, m: Number, up: Link, out: Link, gamma: float, named: int = 0
+    kind: str, n: Number, p: Number, N: Number, m: Number, up: Link, out: Link, gamma: float, named: Names = (0, 0)
 ) -> Terms:
     """Nodes of equally many ranks: inside and between in turn, or both links at once (pipeline, direct)."""
     if kind == "all_to_all" and not up.mesh:
-        return apart(n, p, m, m, up, out, named)
+        return apart(n, p, m, m, up, out, named[1])
     first, middle, last = stages(kind, n, n / m, n / N)
-    parts = [one_link(*first, m, up, gamma)] if first else []
-    parts += [one_link(*middle, N, out, gamma, named)]
-    parts += [one_link(*last, m, up, gamma)] if last else []
+    parts = [one_link(*first, m, up, gamma, named[0])] if first else []
+    parts += [one_link(*middle, N, out, gamma, named[1])]
+    parts += [one_link(*last, m, up, gamma, named[0])] if last else []
     staged = both(*parts)
-    if kind not in SCATTERED or up.ring or named not in (0, PIPELINE):
+    if kind not in SCATTERED or up.ring or (named != (0, 0) and named[1] != PIPELINE):
         return staged
     least = 2**20 if kind == "all_reduce" else 2**15  # HCCL's thresholds, bytes of one rank's share
-    return pick((n / p >= least) | (named == PIPELINE), pipeline(kind, n, p, N, m, up, out), staged)
+    return pick((n / p >= least) | (named[1] == PIPELINE), pipeline(kind, n, p, N, m, up, out), staged)
 
 
 def stages(kind: str, n: Number, lane: Number, node: Number) -> tuple:
@@ -221,22 +230,32 @@ def apart(n: Number, p: Number, most: Number, least: Number, up: Link, out: Link
     """All-to-all straight to every rank, on both links at once; pairwise: one rank after the other."""
     inside, between = (most - 1) / p * n, (p - least) / p * n
     up_s, out_s = np.maximum(inside / up.port, n / p / up.peer * (np.asarray(most) > 1)), between / out.port
-    if named == PAIRWISE:
-        up_s, out_s = inside / min(up.peer, up.port), between / min(out.peer, out.port)
-        steps, latency = p - 1, (most - 1) * up.alpha + (p - most) * out.alpha
-        return Terms(latency, up_s, out_s, 0.0 * up_s, inside, between, steps, PAIRWISE * BETWEEN)
+    if named == PAIRWISE:  # in each step some pair is of two nodes
+        steps, rate = p - 1, min(out.peer, out.port, up.peer, up.port)
+        return Terms(
+            steps * max(up.alpha, out.alpha), 0.0, steps * n / p / rate, 0.0, inside, between, steps, PAIRWISE * BETWEEN
+        )
     outer = out_s + out.alpha >= up_s + up.alpha
     times = np.where(outer, out.alpha, up.alpha), np.where(outer, 0, up_s), np.where(outer, out_s, 0)
     return Terms(*times, 0.0 * up_s, inside, between, 1, DIRECT * BETWEEN)
 
 
 def uneven(
-    kind: str, n: Number, p: Number, N: Number, m: Number, l: Number, up: Link, out: Link, gamma: float, named: int = 0
+    kind: str,
+    n: Number,
+    p: Number,
+    N: Number,
+    m: Number,
+    l: Number,
+    up: Link,
+    out: Link,
+    gamma: float,
+    named: Names = (0, 0),
 ) -> Terms:
     """Nodes of different sizes, m at most and l at least: l ranks of each node carry what goes between."""
     if kind == "all_to_all":
-        return apart(n, p, m, l, up, out, named)
-    named = 0 if named == PIPELINE else named
+        return apart(n, p, m, l, up, out, named[1])
+    named = named[1]
     reduces = kind in ("all_reduce", "reduce", "reduce_scatter")
     gathers = kind in ("all_reduce", "broadcast", "all_gather")
     if kind in ("scatter", "gather"):

@@ -13,7 +13,8 @@ data-parallel one the stride of all that lies inside it.
 import numpy as np
 
 from course_lib.chip import SpecError, SystemSpec
-from course_lib.chip.collectives import KINDS, closed, gamma, link, named_algorithm
+from course_lib.chip.algorithms import KINDS, Named, named_algorithms
+from course_lib.chip.collectives import closed, gamma, link
 from course_lib.chip.links import Terms
 from course_lib.plan.layers import Number
 
@@ -32,7 +33,7 @@ def seconds(
     from rank 0 to rank ``stride``, with 2 members. Raises ValueError for an unknown kind, fewer than 1 member, or a
     stride that puts unlike numbers of ranks in the nodes; SpecError where the system has too few chips.
     """
-    named = named_algorithm(system, kind, algorithm)
+    named = named_algorithms(system, kind, algorithm)
     given = np.broadcast_arrays(np.asarray(nbytes, dtype=float), np.asarray(members), np.asarray(stride))
     shape = given[0].shape
     n, P, s = (np.atleast_1d(part).ravel() for part in given)
@@ -67,12 +68,12 @@ def _alike(P: np.ndarray, m: np.ndarray, N: np.ndarray, near: np.ndarray) -> lis
 
 
 def _closed(
-    system: SystemSpec, kind: str, near: bool, named: int, n: np.ndarray, P: np.ndarray, N: np.ndarray, m: np.ndarray
+    system: SystemSpec, kind: str, near: bool, named: Named, n: np.ndarray, P: np.ndarray, N: np.ndarray, m: np.ndarray
 ) -> Terms:
     up = link(system, "scale_up", near) if m[0] > 1 else None
     out = link(system, "scale_out") if N[0] > 1 else None
     least = P - (N - 1) * m
-    return closed(kind, n, P, N, m, least, up, out, gamma(system.chip), named)
+    return closed(kind, n, P, N, m, least, up, out, gamma(system.chip), named, near)
 
 
 def _check(system: SystemSpec, kind: str, n: np.ndarray, P: np.ndarray, s: np.ndarray) -> None:

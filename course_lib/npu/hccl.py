@@ -14,6 +14,7 @@ from a rank's being there to the last one's is recorded as waiting.
 With the "fake" process group one rank stands for thousands: all others are taken to do the same at the same time.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -118,6 +119,7 @@ class Communicator:
         self.name, self.ranks, self.rank, self.sequence = name, tuple(ranks), rank, 0
         self.transport = Transport(gloo, rank, len(ranks)) if gloo is not None else None
         self.known: dict = {}
+        self.group: weakref.ref | None = None  # PyTorch's side of it, once seen
 
     def price(self, kind: str, nbytes: int, ranks: tuple[int, ...] | None = None, sizes: tuple | None = None) -> Transfer:
         key = (kind, nbytes, ranks, sizes)
@@ -232,10 +234,14 @@ def communicator(group: Any) -> Communicator:
     elif isinstance(group, torch.ScriptObject):
         group = c10d.ProcessGroup.unbox(group)
     found = _groups.get(group.group_name)
+    if found is not None and (dist.get_backend(group) == "fake" if found.group is None else found.group() is not group):
+        found = None  # that one was destroyed, and its name is used again
     if found is None:
         if dist.get_backend(group) != "fake":
             raise RuntimeError(f"tensors on npu need the backend \"hccl\" (or \"fake\", for one rank of many), not {dist.get_backend(group)!r}: dist.init_process_group(\"hccl\")")
         found = _join(group.group_name, dist.get_process_group_ranks(group), group.rank(), None)
+    if found.group is None:
+        found.group = weakref.ref(group)
     return found
 
 

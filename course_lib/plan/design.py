@@ -128,7 +128,7 @@ def constants(point: str = "mid") -> dict[str, float]:
 
 
 def parts(design: Design, each: dict[str, float] | None = None) -> Parts:
-    """mm² by part, what surrounds them last; ``each``: other `constants` than those in the middle."""
+    """mm² by part ("vector" with the scalar unit, "HBM" its interface), what surrounds them last; ``each``: other `constants` than those in the middle."""
     each = each or constants()
     bare = _bare(design, each)
     return bare | {"surroundings": sum(bare.values()) * (_surroundings(tuple(each.items())) - 1)}
@@ -175,10 +175,10 @@ def _bare(design: Design, each: dict[str, float]) -> Parts:
     buffers = 2 * design.l0 + design.l0c + design.l1 + design.ub * design.vectors
     return {
         "cube": each["cube"] * cores * design.macs / MACS,
-        "vector, scalar": cores * (each["vector"] * design.vectors + each["scalar"]),
+        "vector": cores * (each["vector"] * design.vectors + each["scalar"]),
         "buffers": each["sram"] * cores * buffers * KIB / MIB,
         "L2": each["sram"] * design.l2,
-        "HBM interface": each["hbm"] * design.stacks,
+        "HBM": each["hbm"] * design.stacks,
         "links": each["link"] * BITS * design.link / GIGA,
     }
 

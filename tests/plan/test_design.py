@@ -37,7 +37,7 @@ def test_published_parts_of_the_910() -> None:
     row = d.table()["die"][0]
     made = d._of(row)
     found = d.parts(made)
-    assert found["cube"] == pytest.approx(82.24) and found["vector, scalar"] == pytest.approx(23.68)
+    assert found["cube"] == pytest.approx(82.24) and found["vector"] == pytest.approx(23.68)
     assert found["buffers"] == pytest.approx(32 * (64 + 64 + 256 + 1024 + 256) / 1024 * (0.5625 + 0.64) / 2)
     busy = d.watts_by_part(made)
     assert busy["cube"] + busy["vector"] == pytest.approx(32 * 3.59)

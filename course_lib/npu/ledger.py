@@ -191,6 +191,12 @@ class Ledger:
             raise ValueError(f"table(by={by!r}): expected one of {', '.join(map(repr, BY))}")
         return table(self.records, by, depth)
 
+    def communication(self) -> "Communication":  # noqa: F821
+        """Seconds of collectives on the device that was current at the opening: in all, exposed, waiting; see overlap.py."""
+        from course_lib.npu.overlap import communication
+
+        return communication(self.records, self._home)
+
     def totals(self) -> Totals:
         costs = self._column("cost")
         known = all(c.energy_pj is not None for c in costs)

@@ -13,76 +13,59 @@ What each rank does under a schedule is in tables.py. Shapes: B rows of one micr
 V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from course_lib.llm.model import Transformer
+from course_lib.parallel.stages import Stage, cut, loss_of
 from course_lib.parallel.tables import SINGLE, per_rank, placement
 
 
-class Stage(nn.Module):
-    """Some layers of a Transformer, with its embedding before the first and its norm and unembedding after the last.
+class Watched(PipelineStage):
+    """PyTorch's stage, whose actions are named to whoever watches: "2F0", "2B0", or its halves "2I0" and "2W0"."""
 
-    Parameters have the names that they have in the whole model.
-    """
+    pipeline: "Pipeline"
+    latest = 0  # micro-batch of the last forward: the loss that follows belongs to it
 
-    def __init__(self, model: Transformer, layers: range) -> None:
-        super().__init__()
-        refuse(model)
-        count = len(model.blocks)
-        self.blocks = nn.ModuleDict({str(layer): model.blocks[layer] for layer in layers})
-        self.embedding = model.embedding if layers.start == 0 else None
-        self.norm = model.norm if layers.stop == count else None
-        self.unembedding = model.unembedding if layers.stop == count else None
-        self.register_buffer("cos", model.cos, persistent=False)  # (context, K/2)
-        self.register_buffer("sin", model.sin, persistent=False)  # (context, K/2)
+    def watch(self, kind: str, number: int) -> AbstractContextManager:
+        return self.pipeline.watch(f"{self.stage_index}{kind}{number}")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, T) or the residual stream (B, T, D) to the residual stream, or after the last layer logits (B, T, V)."""
-        T = x.shape[1]
-        x = x if self.embedding is None else self.embedding(x)  # (B, T, D)
-        for block in self.blocks.values():
-            x = block(x, self.cos[:T], self.sin[:T])  # (B, T, D)
-        return x if self.unembedding is None else self.unembedding(self.norm(x))  # (B, T, V)
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.latest = fwd_chunk_id
+        with self.watch("F", fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
+    def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, **kwargs: Any) -> Any:
+        with self.watch("B" if full_backward else "I", bwd_chunk_id):
+            return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, **kwargs)
 
-def refuse(model: Transformer) -> None:
-    """ValueError for a model that does not fall into stages."""
-    config = model.config
-    if config.tied:
-        raise ValueError("a tied table would lie on the first and the last stage; train with tied=False")
-    if config.mtp or (config.experts and config.experts.sequence_loss):
-        raise ValueError("losses beside the model's own (mtp, sequence_loss) need the whole model; set them to 0")
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, **kwargs: Any) -> Any:
+        with self.watch("W", bwd_chunk_id):
+            return super().backward_weight_one_chunk(bwd_chunk_id, **kwargs)
 
-
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss in nats per token of logits (B, T, V) and targets (B, T), as in the whole model: a scalar."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def cut(layers: int, stages: int) -> list[range]:
-    """The layers of each stage, as even as can be, the longer ones first; ValueError where a stage would be empty."""
-    if not 1 <= stages <= layers:
-        raise ValueError(f"{layers} layers do not make {stages} stages; expected 1 to {layers} stages")
-    ends = [layers * (stage + 1) // stages for stage in range(stages)]
-    sizes = sorted((b - a for a, b in zip([0, *ends], ends, strict=False)), reverse=True)
-    starts = [sum(sizes[:stage]) for stage in range(stages)]
-    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        with self.watch("F", self.latest):
+            return loss_of(logits, targets)
 
 
 @dataclass
 class Pipeline:
-    """The stages of this rank and the schedule that runs them."""
+    """The stages of this rank and the schedule that runs them.
+
+    ``watch(name)`` is entered around each action; `npu.ledger().phase` makes the ledger tell them apart.
+    """
 
     stages: list[Stage]
     schedule: schedules._PipelineSchedule
+    watch: Callable[[str], AbstractContextManager] = nullcontext
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return chain.from_iterable(stage.parameters() for stage in self.stages)
@@ -115,9 +98,13 @@ def pipeline(
         ins = like(B, T, dtype=torch.int64) if stage.embedding is not None else like(B, T, D, dtype=dtype)
         out = like(B, T, D if stage.unembedding is None else V, dtype=dtype)
         stages.append(stage)
-        wrapped.append(PipelineStage(stage, index, len(parts), torch.device(device), ins, out, group=group))
+        wrapped.append(Watched(stage, index, len(parts), torch.device(device), ins, out, group=group))
     kind = schedules.get_schedule_class(name)
-    return Pipeline(stages, kind(wrapped[0] if name in SINGLE else wrapped, microbatches, loss_fn=loss_of))
+    run = kind(wrapped[0] if name in SINGLE else wrapped, microbatches, loss_fn=wrapped[-1].loss)
+    found = Pipeline(stages, run)
+    for one in wrapped:
+        one.pipeline = found
+    return found
 
 
 def like(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -143,25 +130,30 @@ class ByHand:
         self.stage = Stage(model, cut(len(model.blocks), self.last + 1)[self.rank]).to(device)
         self.microbatches, self.B, self.device = microbatches, check(rows, microbatches), device
         self.width, self.dtype = model.config.width, model.embedding.weight.dtype
+        self.watch: Callable[[str], AbstractContextManager] = nullcontext  # as in `Pipeline`
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.stage.parameters()
 
     def step(self, tokens: Tensor, targets: Tensor) -> Tensor | None:
         """As `Pipeline.step`."""
-        passes = [self.forward(*rows) for rows in zip(tokens.split(self.B), targets.split(self.B), strict=True)]
-        for x, y in passes:
-            y.backward(None if self.rank == self.last else self.receive(y.shape, self.rank + 1))
+        rows = zip(tokens.split(self.B), targets.split(self.B), strict=True)
+        passes = [self.forward(number, *part) for number, part in enumerate(rows)]
+        for number, (x, y) in enumerate(passes):
+            grad = None if self.rank == self.last else self.receive(y.shape, self.rank + 1)
+            with self.watch(f"{self.rank}B{number}"):
+                y.backward(grad)
             if self.rank > 0:
                 dist.send(x.grad, group=self.group, group_dst=self.rank - 1)
         return sum(y.detach() for _, y in passes) if self.rank == self.last else None
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, number: int, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Input and output of this stage for one micro-batch, the output sent on; of the last stage its share of the loss."""
         x = tokens if self.rank == 0 else self.receive((*tokens.shape, self.width), self.rank - 1).requires_grad_()
-        y = self.stage(x)  # (B, T, D) or (B, T, V)
-        if self.rank == self.last:
-            return x, loss_of(y, targets) / self.microbatches
+        with self.watch(f"{self.rank}F{number}"):
+            y = self.stage(x)  # (B, T, D) or (B, T, V)
+            if self.rank == self.last:
+                return x, loss_of(y, targets) / self.microbatches
         dist.send(y.detach(), group=self.group, group_dst=self.rank + 1)
         return x, y
 

@@ -1,4 +1,4 @@
-"""A pipeline's bubble: closed forms for the schedules that PyTorch has, and the replay of its own tables beside them.
+"""A pipeline's bubble: closed forms for the schedules that PyTorch has. Their proof is the replay in timetable.py.
 
 A bubble is the time in which a rank waits because the pipeline fills, drains or alternates. Two conventions are in use
 and are often mixed: idle over *ideal* time m·(F + B) is (p − 1)/m for 1F1B (Narayanan et al. 2021, arXiv:2104.04473),
@@ -40,26 +40,29 @@ def idle(
     | GPipe, 1F1B | (p − 1)(F + B) | arXiv:1811.06965, arXiv:2104.04473 |
     | Interleaved1F1B | (p − 1)(F + B)/v | arXiv:2104.04473 |
     | InterleavedZeroBubble (v = 1: ZB-H1) | (p − 1)(F + B − 2W)/v | arXiv:2401.10241; DeepSeek-V3, table 2 |
-    | ZBVZeroBubble | (p − 1)(F + B − 2W)/2 | as ZB-H1 with two stages; see tests |
-    | DualPipeV | (p − 1)(F&B + B − 3W)/2 | DeepSeek's DualPipe, of 2p stages |
+    | ZBVZeroBubble | (p − 1)·max(I, 2(I − W))/2 | the replay of PyTorch's table, where F ≤ I and W ≤ I |
+    | DualPipeV | (p − 1)(F&B + B − 3W)/2 | DualPipe of 2p stages, two on each rank |
     | DualPipe | (p/2 − 1)(F&B + B − 3W) | DeepSeek-V3, table 2 (arXiv:2412.19437) |
 
-    All assume equal stages, free communication, and as many micro-batches as `possible` asks for. ValueError for an
-    unknown schedule.
+    All assume equal stages, free messages, and as many micro-batches as `possible` asks for. The zero bubble's W fills
+    what it can, not more: where W > F or W > I, (p − 1)·max(F, I)/v remains. ZB-V has no bubble by its paper's count,
+    from each rank's own start to its own end, where F = I = W; here a step ends when its last rank does. DualPipeV's is
+    exact for F = I, and for the rank that waits most. ValueError for an unknown schedule.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}")
     p, v, F, B = exact(pp), exact(vpp), exact(forward), exact(backward)
     W = B / 2 if weight is None else exact(weight)
+    inputs = B - W
     both = F + B if overlapped is None else exact(overlapped)
     if schedule == "DualPipe":
         return most(p / 2 - 1, 0) * (both + B - 3 * W)
     if schedule == "DualPipeV":
         return (p - 1) * (both + B - 3 * W) / 2
     if schedule == "ZBVZeroBubble":
-        return (p - 1) * (F + B - 2 * W) / 2
+        return (p - 1) * most(inputs, 2 * (inputs - W)) / 2
     if schedule == "InterleavedZeroBubble":
-        return (p - 1) * (F + B - 2 * W) / v
+        return (p - 1) * most(F + inputs - W, most(F, inputs)) / v
     return (p - 1) * (F + B) / (v if schedule == "Interleaved1F1B" else 1)
 
 
@@ -91,15 +94,14 @@ def of_ideal(fraction: Number) -> Number:
 def possible(schedule: str, pp: Number, vpp: Number, microbatches: Number) -> bool | np.ndarray:
     """Whether PyTorch makes such a schedule and the closed form holds for it; arrays broadcast.
 
-    1F1B and InterleavedZeroBubble need m ≥ p, interleaved ones m as a multiple of its rounds of about p, V-shaped ones
-    two stages on each rank and m ≥ 2p − 1 (ZBV) or 2p (DualPipeV); GPipe, 1F1B and DualPipe one.
+    1F1B and interleaved ones need m ≥ p, these also m as a multiple of its rounds of about p; V-shaped ones two stages on each rank and m ≥ 2p − 1 (ZBV) or 2p (DualPipeV); GPipe, 1F1B and DualPipe one.
     """
     p, v, m = np.asarray(pp), np.asarray(vpp), np.asarray(microbatches)
     rounds = np.maximum(m // p, 1)
     holds = {
         "GPipe": (v == 1) & (m >= 1),
         "1F1B": (v == 1) & (m >= p),
-        "Interleaved1F1B": (v >= 1) & (m >= p) & (m % rounds == 0),
+        "Interleaved1F1B": (v >= 1) & ((v == 1) | (m >= p)) & (m % rounds == 0),
         "InterleavedZeroBubble": (v >= 1) & (m >= p) & (m % rounds == 0),
         "ZBVZeroBubble": (v == 2) & (m >= 2 * p - 1),
         "DualPipeV": (v == 2) & (m >= 2 * p),

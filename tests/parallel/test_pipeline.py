@@ -1,25 +1,23 @@
 """Pipelines: every schedule trains to the losses and weights of one device; what is refused."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from course_lib.llm.model import Transformer
 from course_lib.parallel import launch
-from course_lib.parallel.pipeline import ByHand, Stage, clip_grad_norm, cut, pipeline
-from course_lib.parallel.tables import SCHEDULES, per_rank, placement, table
+from course_lib.parallel.pipeline import ByHand, Pipeline, clip_grad_norm, pipeline
+from course_lib.parallel.stages import Stage
+from course_lib.parallel.tables import SCHEDULES
 from tests.parallel.same import CLIP, ROWS, Run, adamw, alone, assert_same, batches, shape
 
 CONFIG = shape("micro", layers=8, tied=False)
 STEPS = 3
+SYSTEM = {"cpu": {}, "npu": {"system": "mini-node"}}
 HANDS = {"by hand, naive": 1, "by hand, GPipe": 4}  # micro-batches
 
 
-def make(name: str, device: str, microbatches: int = ROWS) -> ByHand | object:
+def make(name: str, device: torch.device, microbatches: int = ROWS) -> ByHand | Pipeline:
     model = Transformer(CONFIG)
     if name in HANDS:
         return ByHand(model, ROWS, HANDS[name], device)
@@ -28,6 +26,7 @@ def make(name: str, device: str, microbatches: int = ROWS) -> ByHand | object:
 
 def train(name: str, device: str) -> Run:
     """On each rank: the mean loss of each step, and the weights of all stages."""
+    device = torch.empty(0, device=device).device  # with the number of this rank's
     pipe, losses = make(name, device), []
     optimizer = adamw(pipe.parameters())
     for tokens, targets in batches(CONFIG, STEPS):
@@ -53,10 +52,10 @@ def train_all(names: tuple[str, ...], device: str) -> dict[str, Run]:
     return {name: train(name, device) for name in names}
 
 
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("device", ["cpu", "npu"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_same_loss(ranks: int, device: str) -> None:
     expected = alone(CONFIG, steps=STEPS)
-    for found in launch(train_all, (*HANDS, *SCHEDULES), device, ranks=ranks, device=device):
+    for found in launch(train_all, (*HANDS, *SCHEDULES), device, ranks=ranks, device=device, **SYSTEM[device]):
         for name in (*HANDS, *SCHEDULES):
             assert_same(found[name], expected)

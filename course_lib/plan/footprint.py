@@ -18,7 +18,7 @@ from course_lib.plan.share import Shape, kind_of, parameters
 CLASSES = ("weights", "gradients", "optimizer states", "activations", "logits", "communicators")
 BUFFER = 200 * 2**20  # bytes per communicator: HCCL_BUFFSIZE's default; taken for NCCL's too (A: of like size)
 LOGITS = 6  # bytes per logit at the peak: itself, its log-probability, its gradient, in 16 bits each
-COPIES = ("silu(gate)", "output input")  # kept by PyTorch's autograd, not by fused kernels
+COPIES = ("silu(gate)", "output input", "router input")  # kept by PyTorch's autograd, not by fused kernels
 CHEAP = ("norm result", "product", "expert results")  # kept by none that recomputes cheap operators
 EIGHT = (
     "dispatched tokens",

@@ -43,6 +43,8 @@ class Layout:
     each for norm, rotation, SwiGLU, as Megatron has; "eager", operator by operator, as the course's model runs.
     ``overlap_ep``: a forward hides the all-to-all of a backward and vice versa (DualPipe). ``overlap_dp``: gradients go
     while the last backward runs. ``comm_cores``: cores that serve communication and not products (DeepSeek-V3: 20).
+    ``gemm_share``: of the peak, that ``gemm`` products in 8 bits reach where the chip's file has none of their own.
+    ``pace``: at what share of the cost model's speed kernels run; 1 unless calibrated, see published_runs.py.
     ``copies`` of a token that go to experts: None, one for each; DeepSeek-V3 sends one per node, to at most 4.
     """
 
@@ -66,6 +68,8 @@ class Layout:
     kernels: str = "fused"
     comm_cores: int = 0
     copies: float | None = None
+    gemm_share: float | None = None
+    pace: float = 1.0
 
     @property
     def chips(self) -> Degree:

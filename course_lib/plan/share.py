@@ -97,7 +97,7 @@ def operators(model: Model, index: int, shape: Shape) -> list[Operator]:
     """All operators of one layer for one micro-batch, in forward and backward."""
     layer = kind_of(model, index)
     experts = any(m.stored > m.active for m in layer.matrices)
-    made = [op for matrix in _local(layer, shape) for op in _product(matrix, shape)]
+    made = [op for matrix in _local(layer, shape) for op in product(matrix, shape)]
     made += _attention(layer, model, shape)
     for phase, passes in (("forward", elementwise.forward), ("input", elementwise.backward)):
         made += [_pass(one, phase, shape) for one in passes(model, experts, shape.kernels)]
@@ -122,7 +122,7 @@ def last(model: Model, shape: Shape) -> list[Operator]:
     head = replace(unembedding(model), stored=1, outputs=-(-model.vocab_size // shape.tp))
     D, rows, logits = model.width, shape.rows_outside, shape.rows * head.outputs
     loss = ((2 * logits, 2 * logits), (6 * logits, 4 * logits))  # log-softmax; its gradient, from one at the targets
-    made = [replace(op, times=times) for op in _product(head, shape)]
+    made = [replace(op, times=times) for op in product(head, shape)]
     made += [
         Operator(
             "final norm", "vector", "forward", Work((), 4 * rows * D, "bfloat16", 2 * rows * D, 2 * rows * D), times
@@ -190,7 +190,7 @@ def _divided(matrix: Matrix, shape: Shape) -> Matrix:
     return replace(matrix, inputs=-(-matrix.inputs // tp)) if name in ROW else matrix
 
 
-def _product(matrix: Matrix, shape: Shape) -> Iterator[Operator]:
+def product(matrix: Matrix, shape: Shape) -> Iterator[Operator]:
     """Forward, gradient of the input, gradient of the weight: each as many products as copies are in use."""
     plain = matrix.name.split(", ")[0] in IN_16_BITS
     dtype = ("float32" if matrix.name == "router" and shape.kernels == "eager" else ATTENTION) if plain else shape.gemm

@@ -167,24 +167,32 @@ def shape_of(layout: Layout, context: int) -> Shape:
 
 
 @lru_cache(maxsize=64)
-def with_cores(name: str, taken: int) -> ChipSpec:
-    """The chip without the cores that serve communication; LayoutError where it has not as many."""
+def chip_of(name: str, taken: int, gemm: str, gemm_share: float | None) -> ChipSpec:
+    """The chip without the cores that serve communication, its 8-bit products at their own share of the peak.
+
+    LayoutError where it has not as many cores, or where the share is meant for products in 16 bits.
+    """
     chip = load_chip(name)
-    if not taken:
+    if not taken and gemm_share is None:
         return chip
+    if gemm_share is not None and (DTYPES[gemm] != 1 or not 0 < gemm_share <= 1):
+        raise LayoutError(
+            f"gemm_share is {gemm_share} for {gemm}; it is a share of the peak, 0 to 1, of 8-bit products"
+        )
     cores = chip.require("cube_cores")
     if taken >= cores:
         raise LayoutError(f"comm_cores: {taken} of {chip.title}'s {cores} cores leave none for products; take fewer")
-    share_left = (cores - taken) / cores
-    rates = {key.replace(".", "__"): figure.value * share_left for key, figure in chip.figures.items()
-             if key.startswith("peak.")}  # fmt: skip
-    return chip.having(title=f"{chip.title}, {cores - taken} cores", cube__cores=cores - taken, **rates)
+    left = (cores - taken) / cores
+    rates = {key: figure.value * left for key, figure in chip.figures.items() if key.startswith("peak.")}
+    if gemm_share is not None:
+        rates[f"peak.cube.{gemm}"] *= gemm_share / chip.require("efficiency.matmul")
+    changed = {key.replace(".", "__"): value for key, value in rates.items()}
+    return chip.having(title=f"{chip.title}, {cores - taken} cores", cube__cores=cores - taken, **changed)
 
 
 @lru_cache(maxsize=65536)
-def _priced(model: Model, chip: str, taken: int, shape: Shape) -> np.ndarray:
+def _priced(model: Model, spec: ChipSpec, shape: Shape) -> np.ndarray:
     """Seconds of each kind of layer and the two ends, (K + 2, phases, groups)."""
-    spec = with_cores(chip, taken)
     inside = [share.operators(model, index, shape) for index in footprint.kinds(model)[0]]
     return np.stack(
         [share.seconds(spec, made) for made in (*inside, share.first(model, shape), share.last(model, shape))]
@@ -198,7 +206,7 @@ def _tables(model: Model, system: SystemSpec, wide: Layout, context: int) -> tup
     times, kept, again = [], [], []
     for one in (wide[int(i)] for i in index):
         shape = shape_of(one, context)
-        table = _priced(model, system.chip, one.comm_cores, shape)
+        table = _priced(model, chip_of(system.chip, one.comm_cores, one.gemm, one.gemm_share), shape) / one.pace
         repeated = table[:, share.PHASES.index(f"again {one.recompute}")] if one.recompute != "none" else 0
         times.append(np.stack([table[:, 0], table[:, 1] + repeated, table[:, 2]], 1))
         layers = [footprint.kept(model, place, shape, one.recompute) for place in footprint.kinds(model)[0]]

@@ -190,7 +190,7 @@ def two_links(
     if kind not in SCATTERED or up.ring or (named != (0, 0) and named[1] != PIPELINE):
         return staged
     least = 2**20 if kind == "all_reduce" else 2**15  # HCCL's thresholds, bytes of one rank's share
-    return pick((n / p >= least) | (named[1] == PIPELINE), pipeline(kind, n, p, N, m, up, out), staged)
+    return pick((n / p >= least) | (named[1] == PIPELINE), pipeline(kind, n, p, N, m, up, out, gamma), staged)
 
 
 def stages(kind: str, n: Number, lane: Number, node: Number) -> tuple:
@@ -207,8 +207,11 @@ def stages(kind: str, n: Number, lane: Number, node: Number) -> tuple:
     }[kind]
 
 
-def pipeline(kind: str, n: Number, p: Number, N: Number, m: Number, up: Link, out: Link) -> Terms:
-    """A ring between nodes; what has arrived goes round inside while the next is on its way. Reduction is hidden too."""
+def pipeline(kind: str, n: Number, p: Number, N: Number, m: Number, up: Link, out: Link, gamma: float) -> Terms:
+    """A ring between nodes; what has arrived goes round inside while the next is on its way.
+
+    The guide's formula leaves reduction out; here it counts as in all others, or else two nodes could beat one.
+    """
     block = n / p
     inside = block / np.minimum(up.peer, up.port / np.maximum(np.asarray(m) - 1, 1))
     between = block / min(out.peer, out.port)
@@ -218,7 +221,7 @@ def pipeline(kind: str, n: Number, p: Number, N: Number, m: Number, up: Link, ou
         rounds * (hops * np.where(slower, out.alpha, up.alpha) + up.alpha),
         rounds * (np.where(slower, 0, hops * inside) + inside),
         rounds * np.where(slower, hops * between, 0),
-        0.0 * block,
+        gamma * (p - 1) * block * (kind != "all_gather"),
         rounds * (m - 1) * N * block,
         rounds * hops * block,
         rounds * N,

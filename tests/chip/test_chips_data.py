@@ -16,7 +16,9 @@ T = 1e12
 
 def test_all_are_there() -> None:
     assert chips() == CHIPS
-    assert systems() == ["atlas-800t-a2", "cloudmatrix384", "dgx-h100", "mini-node"]
+    assert systems() == [
+        "atlas-800t-a2", "atlas-950-superpod", "cloudmatrix384", "dgx-a100", "dgx-h100", "h800-cluster", "mini-node"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHIPS)
@@ -112,7 +114,7 @@ def test_what_a_chip_lacks() -> None:
     assert load_chip("a100").cube_tile("bfloat16") is None and load_chip("b200").l2_bytes is None
 
 
-@pytest.mark.parametrize("name", ["atlas-800t-a2", "cloudmatrix384", "dgx-h100", "mini-node"])
+@pytest.mark.parametrize("name", systems())
 def test_systems(name: str) -> None:
     system = load_system(name)
     assert system.name == name and load_chip(system.chip)

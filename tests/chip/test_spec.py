@@ -198,3 +198,23 @@ def test_a_chip_with_another_figure() -> None:
     assert chip.l2_bytes == 192 * 2**20 and small.require("buffers.l0c") == chip.require("buffers.l0c")
     with pytest.raises(SpecError, match="memory.l3"):
         chip.having(memory__l3=1)
+
+
+def test_a_system_with_other_figures() -> None:
+    node = load_system("atlas-800t-a2")
+    more = node.having("many", nodes=16, chip="ascend-910b3", scale_up__bandwidth=400e9, scale_out__near__latency=1e-6)
+    assert (more.title, more.name, more.chips, more.chip) == ("many", node.name, 128, "ascend-910b3")
+    assert more.scale_up.bandwidth == 400e9 and more.scale_up.figures["bandwidth"].tag == "A"
+    assert more.scale_up.figures["bandwidth"].unit == "B/s" and more.scale_out.figures["near.latency"].unit == "s"
+    assert node.chips == 8 and node.scale_up.bandwidth == 392e9 and more != node and hash(more) != hash(node)
+    assert node.having(nodes=2) == node.having(nodes=2) and pickle.loads(pickle.dumps(more)) == more
+    for key in ("power", "scale_up__width", "scale_sideways__bandwidth"):
+        with pytest.raises(SpecError, match=f"{key.split('__')[-1]}' is no figure of a"):
+            node.having(**{key: 1})
+    with pytest.raises(SpecError, match="no chip named 'h900'; there are a100"):
+        node.having(chip="h900")
+
+
+def test_how_far_scale_up_reaches() -> None:
+    assert load_system("atlas-800t-a2").reach == 8
+    assert load_system("cloudmatrix384").reach == load_system("cloudmatrix384").having(nodes=96).reach == 768

@@ -174,10 +174,14 @@ def use(
 
 def _system(system: str | Path | SystemSpec | None, chip: object) -> SystemSpec | None:
     """The system that is meant; one from the environment only where no chip is named."""
-    if isinstance(system, SystemSpec):
-        return system
     name = system or (None if chip else os.environ.get("COURSE_SYSTEM"))
-    return load_system(name) if name else None
+    return _large_enough(name if isinstance(name, SystemSpec) else load_system(name)) if name else None
+
+
+def _large_enough(system: SystemSpec) -> SystemSpec:
+    """The same system with as many nodes as torchrun's ``WORLD_SIZE`` needs."""
+    nodes = -(-int(os.environ.get("WORLD_SIZE", 1)) // system.chips_per_node)
+    return system if nodes <= system.nodes else system.having(nodes=nodes, title=f"{system.title}, {nodes} nodes")
 
 
 def system() -> SystemSpec:
@@ -185,7 +189,7 @@ def system() -> SystemSpec:
     global joined
     if joined is None:
         name = devices[0].spec.name
-        joined = next((s for s in map(load_system, systems()) if s.chip == name), None)
+        joined = next((_large_enough(s) for s in map(load_system, systems()) if s.chip == name), None)
     if joined is None:
         raise RuntimeError(f"what joins chips of the kind {name!r} is not known: no system in data/systems has them. Name one with npu.use({name!r}, system=…), or COURSE_SYSTEM")
     return joined

@@ -30,7 +30,7 @@ PRELOAD = """
     torch.distributed.pipelining torch.distributed.checkpoint.state_dict course_lib.llm.trainer course_lib.parallel.rank
 """.split()
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-GRACE = 0.3  # seconds in which the death of a rank becomes known here, though others have failed of it already
+GRACE, PATIENCE = 0.3, 3  # seconds for other ends to become known, after a failure and after a lost connection
 _starting = threading.Lock()
 
 
@@ -161,8 +161,9 @@ def _wait(processes: list[Any], folder: Path, timeout: float) -> dict[int, int]:
             at = running[sentinel]
             processes[at].join()
             ended[at] = processes[at].exitcode
-        if _failed(ended, folder):
-            deadline = min(deadline, time.monotonic() + GRACE)
+        if failed := _failed(ended, folder):  # of a lost connection there is a cause: another rank's end
+            only_lost = all(failure and failure.lost for failure in _told(failed, folder).values())
+            deadline = min(deadline, time.monotonic() + (PATIENCE if only_lost else GRACE))
     return ended
 
 
@@ -170,14 +171,20 @@ def _failed(ended: dict[int, int], folder: Path) -> list[int]:
     return [at for at, code in ended.items() if code or not (folder / f"result{at}").exists()]
 
 
+def _told(failed: list[int], folder: Path) -> dict[int, rank.Failure | None]:
+    """What each rank wrote of its failure, if it did."""
+    files = {at: folder / f"failure{at}" for at in failed}
+    return {at: pickle.loads(file.read_bytes()) if file.exists() else None for at, file in files.items()}
+
+
 def _first_failure(ended: dict[int, int], ranks: int, folder: Path) -> tuple[RankError, Exception | None]:
     """The error of the rank that failed first, and what it raised.
 
     A rank that died without a word comes before those that lost it. An abort may itself follow from another's error.
     """
-    files = {at: folder / f"failure{at}" for at in _failed(ended, folder)}
-    told = {at: pickle.loads(file.read_bytes()) for at, file in files.items() if file.exists()}
-    silent = [at for at in files if at not in told]
+    failures = _told(_failed(ended, folder), folder)
+    told = {at: failure for at, failure in failures.items() if failure}
+    silent = [at for at in failures if at not in told]
     order = [at for at in silent if ended[at] != -signal.SIGABRT]
     order += sorted((at for at in told if not told[at].lost), key=lambda at: told[at].when)
     order += [at for at in silent if at not in order] + sorted(told, key=lambda at: told[at].when)
@@ -186,7 +193,7 @@ def _first_failure(ended: dict[int, int], ranks: int, folder: Path) -> tuple[Ran
             f"rank {order[0]} of {ranks} {_end(ended[order[0]])}; the other ranks were stopped", order[0]
         ), None
     at = min(at for at in told if told[at].what == told[order[0]].what)  # the same in many ranks: named by the lowest
-    done = [str(at) for at, code in ended.items() if at not in files]
+    done = [str(at) for at, code in ended.items() if at not in failures]
     hint = (
         f"\n(ranks {', '.join(sorted(done))} had returned: does every rank call the same collectives?)"
         if told[at].lost and done

@@ -6,6 +6,7 @@ with ranks(device="npu", system="mini-node") as device:      # torchrun --nproc-
 
 import contextlib
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -60,6 +61,7 @@ def ranks(device: str = "npu", system: str | None = None, numerics: bool = True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # models in cycles still hold the group, whose threads may not outlive the interpreter
 
 
 def emulation(device: str, system: str | None, numerics: bool) -> dict[str, str]:
@@ -155,14 +157,14 @@ def _fail(error: BaseException, folder: Path, rank: int) -> None:
     cause = None
     with contextlib.suppress(Exception):  # then the text is all
         cause = portable.dumps(error.with_traceback(None), "the exception", back=True)
-    what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {_last_line(error)}"
+    what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {_name(error)}"
     lost = isinstance(error, RuntimeError) and "onnection" in what  # another rank's end is why
     _write(folder / f"failure{rank}", pickle.dumps(Failure(lost, when, what, text, cause)))
     _end(1)
 
 
-def _last_line(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(error)).strip()
+def _name(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -40,15 +40,17 @@ class Attention(nn.Module):
         self.output = nn.Linear(H * K, D, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | PagedCache | None = None) -> Tensor:
-        B, T = x.shape[:2]
-        H, G, K = self.config.heads, self.config.kv_heads, self.config.head_width
-        q = rotate(self.query(x).view(B, T, H, K).transpose(1, 2), cos, sin)  # (B, H, T, K)
-        k = rotate(self.key(x).view(B, T, G, K).transpose(1, 2), cos, sin)  # (B, G, T, K)
-        v = self.value(x).view(B, T, G, K).transpose(1, 2)  # (B, G, T, K)
+        split = (*x.shape[:2], -1, self.config.head_width)  # as many heads as the matrices have here
+        q = rotate(self.query(x).view(split).transpose(1, 2), cos, sin)  # (B, H, T, K)
+        k = rotate(self.key(x).view(split).transpose(1, 2), cos, sin)  # (B, G, T, K)
+        v = self.value(x).view(split).transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, G, S, K) each
-        y = attend(q, k, v, cache.mask if cache else None)  # (B, H, T, K)
-        return self.output(y.transpose(1, 2).reshape(B, T, H * K))  # (B, T, D)
+        y = self.attend(q, k, v, cache.mask if cache else None)  # (B, H, T, K)
+        return self.output(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attend(q, k, v, mask)  # (B, H, T, K)
 
 
 def narrow(x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ NAMES = {name: _Refusal(name, (), {"__doc__": reason, "__module__": "torch.npu"}
 
 def _waits(name: str) -> Any:
     def collective(*args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(f"torch_npu.{name}: a product and a collective in one kernel wait for the emulated hccl; use the two one after the other")
+        raise NotImplementedError(f"torch_npu.{name}: computing and communicating in one kernel, in overlapping pieces, is not emulated; use the product and the collective of torch.distributed one after the other")
 
     return collective
 

@@ -51,6 +51,11 @@ class Device:
         self.streams.append(self.settings.timeline(len(self.streams), self.host, self.launch_ps))
         return self.streams[-1]
 
+    def label(self, stream: int) -> str:
+        """A stream's name in print: by its number, and what it is for."""
+        wire = next((f" (hccl, group {group})" for group, timeline in self.wires.items() if timeline.id == stream), "")
+        return f"stream {stream}{' (default)' if stream == 0 else wire}"
+
     def synchronize(self) -> None:
         """The host waits for every stream of this device."""
         for queue in self.messages.values():

@@ -40,6 +40,8 @@ class NpuTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
+        if len(types) > 1 and any(kind.__name__ == "AsyncCollectiveTensor" for kind in types):
+            return NotImplemented  # it waits for its collective, and comes again with the result
         info = _infos.get(id(func)) or _learn(func)
         return info.handler(info, args, kwargs or NOTHING)
 

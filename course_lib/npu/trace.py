@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from course_lib.chip.cost import Cost
+from course_lib.npu import runtime
 from course_lib.npu.clock import PS_PER_S
 from course_lib.npu.ledger import Ledger, Record
 
@@ -103,7 +104,7 @@ def _names(ledger: Ledger, show: Show) -> Iterator[dict]:
         for device in _devices(ledger):
             yield from name(device, "process", f"npu:{device} {ledger._spec.name}", device)
         for device, stream in sorted({(r.device, r.stream) for r in ledger.records}):
-            yield from name(device, "thread", f"stream {stream}" + (" (default)" if stream == 0 else ""), stream, stream)
+            yield from name(device, "thread", runtime.devices[device].label(stream), stream, stream)
 
 
 def _devices(ledger: Ledger) -> list[int]:

@@ -4,7 +4,8 @@ A group inside one scale-up network stays on it. A group with one rank a node go
 works in turn inside the nodes and between them. Inside, ranks with a link to each peer use all at once (mesh); behind a
 switch the quickest of ring, NHR and H-D_R runs. Between nodes HCCL_ALGO says which, or HCCL's own rule, taken from its
 source (coll_alg_operator.cc): pipeline from 32 KiB a rank (all-reduce: 1 MiB), else the cheapest, ring before NHR
-before H-D_R where they cost the same. Formulas are in links.py.
+before H-D_R where they cost the same. HCCL keeps the pipeline for meshes, with RDMA Lite and HCCL_DETERMINISTIC off; here
+it also serves nodes with a switch, as NCCL's rings keep both links busy too. Formulas are in links.py.
 
 Who reduces: the memory of the chip that receives, while data arrive (HCCL's inline reduce). γ is what it costs there to
 read a byte of the sum and write it.

@@ -20,7 +20,7 @@ def unequal(
         return _one(matrix, up or out, names[out is not None])
     part = np.array(parts)[order]
     counts = np.unique(part, return_counts=True)[1]
-    if up.mesh and (counts == counts[0]).all():
+    if (up.mesh or up.ring) and (counts == counts[0]).all():
         return _staged(matrix.reshape(len(counts), counts[0], len(counts), counts[0]), up, out, names)
     return _apart(matrix, part[:, None] == part, up, out, names[1])
 

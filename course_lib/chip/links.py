@@ -3,17 +3,13 @@
 n bytes, p ranks, one step: α + bytes sent / bandwidth; a byte that is reduced costs γ more. Formulas: HCCL user guide,
 coll_algo_intro (Mesh, Ring, NHR, RHD, Pipeline). All take numbers or NumPy arrays, element by element.
 
-====================  =========================================  ===========================
-reduce-scatter        time                                       all-reduce
-====================  =========================================  ===========================
-mesh                  α + n/p·β + (p−1)/p·nγ                     + all-gather: α + n/p·β
-ring                  (p−1)α + (p−1)/p·n(β+γ)                    + (p−1)α + (p−1)/p·nβ
-NHR, NB, H-D_R at 2^k  ⌈log₂ p⌉α + (p−1)/p·n(β+γ)                  + ⌈log₂ p⌉α + (p−1)/p·nβ
-====================  =========================================  ===========================
+    reduce-scatter by mesh      α + n/p·β + (p−1)/p·nγ
+    by ring                     (p−1)α + (p−1)/p·n(β+γ)
+    by NHR, NB, H-D_R at 2^k    ⌈log₂ p⌉α + (p−1)/p·n(β+γ)
 
-In a mesh each peer has a link of its own: β is that of a peer, or of the port shared by p − 1. Elsewhere a chip sends to
-one peer at a time. A gather is a scatter backwards, a broadcast is scatter and all-gather, a reduce is reduce-scatter
-and gather.
+All-gather, scatter and gather are the same without γ. An all-reduce is reduce-scatter and all-gather, a broadcast scatter
+and all-gather, a reduce reduce-scatter and gather. In a mesh each peer has a link of its own: β is that of a peer, or of
+the port shared by p − 1. Elsewhere a chip sends to one peer at a time.
 """
 
 from collections.abc import Callable
@@ -179,8 +175,11 @@ def _exchange(n: Number, p: Number, link: Link, named: int) -> Terms:
 def two_links(
     kind: str, n: Number, p: Number, N: Number, m: Number, up: Link, out: Link, gamma: float, named: Names = (0, 0)
 ) -> Terms:
-    """Nodes of equally many ranks: inside and between in turn, or both links at once (pipeline, direct)."""
-    if kind == "all_to_all" and not up.mesh:
+    """Nodes of equally many ranks: inside and between in turn, or both links at once (pipeline, direct).
+
+    HCCL's thresholds are fixed, so where they change the algorithm, more bytes may take less time.
+    """
+    if kind == "all_to_all" and not (up.mesh or up.ring):
         return apart(n, p, m, m, up, out, named[1])
     first, middle, last = stages(kind, n, n / m, n / N)
     parts = [one_link(*first, m, up, gamma, named[0])] if first else []
@@ -244,17 +243,9 @@ def apart(n: Number, p: Number, most: Number, least: Number, up: Link, out: Link
 
 
 def uneven(
-    kind: str,
-    n: Number,
-    p: Number,
-    N: Number,
-    m: Number,
-    l: Number,
-    up: Link,
-    out: Link,
-    gamma: float,
+    kind: str, n: Number, p: Number, N: Number, m: Number, l: Number, up: Link, out: Link, gamma: float,
     named: Names = (0, 0),
-) -> Terms:
+) -> Terms:  # fmt: skip
     """Nodes of different sizes, m at most and l at least: l ranks of each node carry what goes between."""
     if kind == "all_to_all":
         return apart(n, p, m, l, up, out, named[1])

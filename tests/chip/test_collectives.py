@@ -143,17 +143,27 @@ def test_more_takes_longer(system: SystemSpec, kind: str) -> None:
 
 def test_no_all_reduce_beats_its_ports(system: SystemSpec) -> None:
     """2 (p − 1) / p of the tensor has to leave a chip, and what it sends takes its ports their time."""
-    ours, rng = {}, random.Random(1)
+    rng = random.Random(1)
     for _ in range(200):
         p, n = rng.randrange(2, 65), rng.randrange(1, 10**10)
         ranks = tuple(rng.sample(range(system.chips), min(p, system.chips)))
         for kind in ("all_reduce", "reduce_scatter", "all_gather"):
-            ours[kind] = found = transfer(system, kind, n, ranks)
+            found = transfer(system, kind, n, ranks)
             ports = sum(link(system, key, near=True).port for key in ("scale_up", "scale_out"))
             least = (2 if kind == "all_reduce" else 1) * (len(ranks) - 1) / len(ranks) * n / ports
             assert found.ps >= round(least * PS)
             assert found.ps >= max(found.up_ps, found.out_ps)
-        assert ours["all_reduce"].ps <= 3 * (ours["reduce_scatter"].ps + ours["all_gather"].ps)
+
+
+def test_an_all_reduce_is_the_sum_of_its_halves(system: SystemSpec) -> None:
+    """On one link, and in the pipeline. HCCL's hierarchy sends less between nodes than its halves would."""
+    for ranks in (range(2), range(8), range(0, system.chips, system.reach), range(system.chips)):
+        for n in (0, 10**5, 10**7, 10**10):
+            whole, *halves = (
+                transfer(system, kind, n, ranks).ps for kind in ("all_reduce", "reduce_scatter", "all_gather")
+            )
+            if len(ranks) <= 8 or n == 10**10:
+                assert abs(whole - sum(halves)) <= 2
 
 
 def test_random_ranks(system: SystemSpec) -> None:
@@ -324,3 +334,18 @@ def test_groups() -> None:
     found = group(cloud, (0, 5, 15, 767, 768))
     assert (found.p, found.N, found.m, found.l, found.near) == (5, 2, 4, 1, False)
     assert group(cloud, (0, 15, 768)).near and group(cloud, range(0, 1536, 16)).m == 48
+
+
+def test_a_ring_of_chips(a2: SystemSpec) -> None:
+    """Wired in a ring, all goes round: an all-to-all part passes p / 2 chips on average."""
+    from dataclasses import replace
+
+    wired = replace(a2, scale_up=replace(a2.scale_up, topology="ring"))
+    n, p = 64 * MB, 8
+    assert transfer(wired, "all_gather", n, range(p)).ps == round((7 * 1.2e-6 + 7 / 8 * n / 56e9) * PS)
+    found = transfer(wired, "all_to_all", n, range(p))
+    assert found.ps == round((7 * 1.2e-6 + n * 7 / 2 / 56e9) * PS)
+    for ranks in (range(8), range(16)):
+        sizes = ((n // len(ranks),) * len(ranks),) * len(ranks)
+        assert transfer(wired, "all_to_all", 0, ranks, None, sizes) == transfer(wired, "all_to_all", n, ranks)
+    assert "pipeline" not in transfer(wired, "all_reduce", GB, range(64)).algorithm

@@ -69,6 +69,7 @@ def kept(model: Model, index: int, shape: Shape, recompute: str) -> tuple[float,
     return stays, whole - stays
 
 
+@lru_cache(maxsize=8192)
 def _of_layer(model: Model, index: int, shape: Shape, level: str = "none") -> dict[str, float]:
     layer = min(index, model.layers - 1)
     whole = replace(model, compressed=None, indexer=None) if model.compressed else model
@@ -100,6 +101,7 @@ def of_kinds(model: Model, places: tuple[int, ...], tp: int, ep: int) -> np.ndar
     return np.array([[*(d for d, _ in inside), first, last], [*(r for _, r in inside), 0.0, 0.0]])
 
 
+@lru_cache(maxsize=256)
 def kinds(model: Model) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A place of each kind of layer, and for each layer (those of multi-token prediction last) which kind it is."""
     names = [kind_of(model, index).kind for index in range(model.layers + model.mtp)]

@@ -25,6 +25,8 @@ from course_lib.plan.operators import SOFTMAX, pairs_as_products
 PICO = 1e12
 PHASES = ("forward", "input", "weight", "again cheap", "again selective", "again full")  # backward: input and weight
 GROUPS = ("matmul", "attention", "vector", "launch")
+PHASE = {name: place for place, name in enumerate(PHASES)}
+GROUP = {name: place for place, name in enumerate(GROUPS)}
 COLUMN = {"query", "key", "value", "query up", "latent up", "gate", "up", "expert gate", "expert up", "shared gate",
           "shared up", "unembedding"}  # fmt: skip
 ROW = {"output", "down", "expert down", "shared down"}
@@ -145,20 +147,20 @@ def seconds(chip: ChipSpec, made: list[Operator]) -> np.ndarray:
     """Seconds by phase and group, (6, 4) as in `PHASES` and `GROUPS`; the last three phases are of recomputation."""
     table = np.zeros((len(PHASES), len(GROUPS)))
     for op, paid in priced(chip, made):
-        phases = [op.phase]
+        phases = [PHASE[op.phase]]
         if op.phase == "forward":
-            phases += ["again full"] + ["again cheap"] * op.cheap + ["again selective"] * op.core
-        busy, launch = op.times * (paid.ps - paid.launch_ps) / PICO, op.times * paid.launch_ps / PICO
+            phases += [PHASE["again full"]] + [PHASE["again cheap"]] * op.cheap + [PHASE["again selective"]] * op.core
+        busy, launch, group = op.times * (paid.ps - paid.launch_ps), op.times * paid.launch_ps, GROUP[op.group]
         for phase in phases:
-            table[PHASES.index(phase), GROUPS.index(op.group)] += busy
-            table[PHASES.index(phase), GROUPS.index("launch")] += launch
+            table[phase, group] += busy / PICO
+            table[phase, GROUP["launch"]] += launch / PICO
     return table
 
 
 def parameters(model: Model, index: int, tp: int, ep: int) -> tuple[float, float]:
     """Of one layer on one rank: parameters outside and inside the routed experts."""
     layer = kind_of(model, index)
-    local = list(_local(layer, Shape(tp=tp, ep=ep), merge=False))
+    local = divided(layer, tp, ep)
     routed = sum(m.parameters for m in local if m.name.startswith("expert"))
     return sum(m.parameters for m in local) - routed + layer.gains, routed
 
@@ -166,23 +168,29 @@ def parameters(model: Model, index: int, tp: int, ep: int) -> tuple[float, float
 # -- matrices -------------------------------------------------------------------------------------------------
 
 
-def _local(layer: Layer, shape: Shape, merge: bool = True) -> list[Matrix]:
+def _local(layer: Layer, shape: Shape) -> tuple[Matrix, ...]:
     """The matrices as one rank has them; fused kernels take those together that share their input."""
-    found = {matrix.name: _divided(matrix, shape) for matrix in layer.matrices}
-    if merge and shape.kernels == "fused":
-        for names in MERGED:
-            parts = [found[name] for name in names if name in found]
-            if len(parts) == len(names):
-                joined = replace(parts[0], name=", ".join(names), outputs=sum(part.outputs for part in parts))
-                found = {joined.name if name == names[0] else name: joined if name == names[0] else matrix
-                         for name, matrix in found.items() if name not in names[1:]}  # fmt: skip
-    return list(found.values())
+    return divided(layer, shape.tp, shape.ep, shape.kernels == "fused")
 
 
-def _divided(matrix: Matrix, shape: Shape) -> Matrix:
-    tp, name = shape.tp, matrix.name
+@lru_cache(maxsize=4096)
+def divided(layer: Layer, tp: int, ep: int, merge: bool = False) -> tuple[Matrix, ...]:
+    """The matrices of one of ``tp`` × ``ep`` ranks; ``merge``: those that share their input become one."""
+    found = {matrix.name: _divided(matrix, tp, ep) for matrix in layer.matrices}
+    for names in MERGED if merge else ():
+        parts = [found[name] for name in names if name in found]
+        if len(parts) == len(names):
+            joined = replace(parts[0], name=", ".join(names), outputs=sum(part.outputs for part in parts))
+            at = list(found).index(names[0])
+            rest = [matrix for name, matrix in found.items() if name not in names]
+            found = {matrix.name: matrix for matrix in (*rest[:at], joined, *rest[at:])}
+    return tuple(found.values())
+
+
+def _divided(matrix: Matrix, tp: int, ep: int) -> Matrix:
+    name = matrix.name
     if name.startswith("expert"):
-        matrix = replace(matrix, stored=matrix.stored // shape.ep)
+        matrix = replace(matrix, stored=matrix.stored // ep)
     if name == "output groups" and matrix.stored % tp == 0:
         return replace(matrix, stored=matrix.stored // tp, active=matrix.active // tp)
     if name in COLUMN:
@@ -218,7 +226,7 @@ def product(matrix: Matrix, shape: Shape) -> Iterator[Operator]:
         yield Operator(name, "matmul", phase, made, cheap=cheap)
 
 
-def _casts(matrices: list[Matrix], shape: Shape) -> list[Operator]:
+def _casts(matrices: tuple[Matrix, ...], shape: Shape) -> list[Operator]:
     """Products in 8 bits: inputs are cast before, gradients twice (along and across the tokens), kept inputs turned."""
     made = []
     for m in matrices:

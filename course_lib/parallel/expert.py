@@ -150,7 +150,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, way: str = "exchange", fac
         part.data = data_group(mesh)
         for name in ("gate", "up", "down"):
             local = getattr(part, name).detach().chunk(mesh.size(-1))[mesh.get_local_rank(-1)]
-            local = local.clone() if local.is_meta else local.to(mesh.device_type, copy=True)  # or all would stay
+            local = local.clone() if local.is_meta else local.to(device(mesh), copy=True)  # a view would keep them all
             placed = DTensor.from_local(local, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)], run_check=False)
             setattr(part, name, nn.Parameter(placed))
 
@@ -158,6 +158,12 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, way: str = "exchange", fac
 def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """All ranks of the mesh that `shard_experts` takes: those with tokens of the same step."""
     return (mesh._flatten("dp") if mesh.ndim > 1 else mesh).get_group()
+
+
+def device(mesh: DeviceMesh) -> torch.device:
+    """This rank's device, of the mesh's kind."""
+    kind = mesh.device_type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def is_expert(parameter: Tensor) -> bool:

@@ -18,12 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
 
 from course_lib.llm.config import Config
 from course_lib.llm.experts import Experts
 from course_lib.llm.model import Transformer
 from course_lib.parallel.expert import data_group, is_expert, shard_experts
 from course_lib.parallel.pipeline import pipeline
+from course_lib.parallel.tensor import split
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Combined:
         self.data, self.replicas = data_group(both), mesh.get_group("replica")
         model = Transformer(config, seed)
         shard_experts(model, both, way)
+        if layout.tp > 1:
+            split(model.to(device), mesh["tp"], sequence=layout.pp == 1)
         if layout.pp > 1:
             mine = rows // layout.dp
             self.part = pipeline(schedule, model, mine, microbatches, device, group=mesh.get_group("pp"))
@@ -86,7 +90,8 @@ class Combined:
     def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Train on all rows (rows, T) of a step; the mean loss of all, a scalar, on every rank."""
         mine = (part.chunk(self.layout.dp)[self.data.rank()].to(self.device) for part in (tokens, targets))
-        loss = self.part.step(*mine)
+        with loss_parallel():  # of logits split by TP
+            loss = self.part.step(*mine)
         self.reduce()
         clip_gradients(self.parameters(), self.clip, self.layout)
         self.optimizer.step()
@@ -98,6 +103,9 @@ class Combined:
     def reduce(self) -> None:
         """Gradients of the mean over all tokens, from those of this rank's."""
         parameters = list(self.parameters())
+        for p in parameters:
+            if isinstance(p, DTensor) and p.grad.placements != p.placements:  # parts of a sum over TP
+                p.grad = p.grad.redistribute(placements=p.placements)
         add_up([p for p in parameters if not is_expert(p)], self.data, self.layout.dp)
         add_up([p for p in parameters if is_expert(p)], self.replicas, self.layout.dp)
 
@@ -174,6 +182,6 @@ def local(x: Tensor) -> Tensor:
 
 def mean(loss: Tensor | None, layout: Layout, device: torch.device | str) -> Tensor:
     """The mean over all rows, on every rank; `loss` is None but on the ranks with the last layer."""
-    share = torch.zeros((), device=device) if loss is None else loss / (layout.dp * layout.tp)  # scalar
+    share = torch.zeros((), device=device) if loss is None else local(loss) / (layout.dp * layout.tp)  # scalar
     dist.all_reduce(share)
     return share

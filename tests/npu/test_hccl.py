@@ -89,7 +89,7 @@ def collectives() -> dict[str, Any]:
     w = x.clone().requires_grad_()
     swapped = functional.all_to_all_single_autograd(w, None, None, dist.group.WORLD)
     (swapped * (rank + 1)).sum().backward()
-    note("functional all_to_all", swapped.detach())
+    note("functional all_to_all", swapped.detach() + 0)
     note("its gradient", w.grad)
     objects: list = [None] * world
     dist.all_gather_object(objects, {"rank": rank})

@@ -193,15 +193,16 @@ def _first_failure(ended: dict[int, int], ranks: int, folder: Path) -> tuple[Ran
             f"rank {order[0]} of {ranks} {_end(ended[order[0]])}; the other ranks were stopped", order[0]
         ), None
     at = min(at for at in told if told[at].what == told[order[0]].what)  # the same in many ranks: named by the lowest
-    done = [str(at) for at, code in ended.items() if at not in failures]
-    hint = (
-        f"\n(ranks {', '.join(sorted(done))} had returned: does every rank call the same collectives?)"
-        if told[at].lost and done
-        else ""
-    )
+    done, hint = [at for at in ended if at not in failures], ""
+    if told[at].lost and done:
+        hint = f"\n({_names(done)} had returned: does every rank call the same collectives?)"
     return RankError(f"rank {at} of {ranks} {told[at].what}{hint}\n\nIn rank {at}:\n{told[at].text}", at), _exception(
         told[at].cause
     )
+
+
+def _names(numbers: list[int]) -> str:
+    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, sorted(numbers)))
 
 
 def _end(code: int) -> str:
@@ -225,9 +226,8 @@ def _overdue(ended: dict[int, int], ranks: int, folder: Path, timeout: float) ->
     patience = time.monotonic() + 1
     while time.monotonic() < patience and not all((folder / f"stacks{at}").stat().st_size for at in running):
         time.sleep(0.02)
-    names = ("rank " if len(running) == 1 else "ranks ") + ", ".join(map(str, running))
     where = "\n".join(f"rank {at} was in\n{_stack((folder / f'stacks{at}').read_text())}" for at in running)
-    return RankError(f"{names} of {ranks} still running after {timeout:g} s; stopped\n\n{where}", running[0])
+    return RankError(f"{_names(running)} of {ranks} still running after {timeout:g} s; stopped\n\n{where}", running[0])
 
 
 def _stack(dump: str) -> str:

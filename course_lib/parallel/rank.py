@@ -127,6 +127,7 @@ def run(rank: int, folder: Path, environment: dict[str, str], options: dict[str,
 
 def _detach(folder: Path, rank: int, timeout: float) -> None:
     """Output into files; its own session, without Ctrl-C; stacks after ``timeout`` seconds; an end when the parent ends."""
+    gc.freeze()  # what the forkserver loaded is shared memory, until a collection writes its marks there
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -204,6 +204,7 @@ class Die:
     """A published die beside ours: mm² and W; ``calibrated``: the area has set a constant, so it is no prediction."""
 
     name: str
+    design: Design
     mm2: float
     ours: Range
     watts: Range
@@ -231,7 +232,7 @@ def _die(row: dict) -> Die:
     whole, lit = _of(row), replace(_of(row), **row.get("lit", {}))
     middle, ends = float(area(whole)), area_range(whole)
     quoted = Range(*row["watts"], "W", "T", row["source"])
-    return Die(row["name"], row["mm2"], ends, quoted, float(watts(lit, middle)), "calibrated" in row)
+    return Die(row["name"], whole, row["mm2"], ends, quoted, float(watts(lit, middle)), "calibrated" in row)
 
 
 def _of(row: dict) -> Design:

@@ -200,9 +200,9 @@ def front(jobs: Sequence[Job], designs: Design, silicon: bool = False) -> list[F
 
     With one job and ``silicon`` it is the curve of what a job's time costs in mm².
     """
-    least = [bound(job, designs) for job in jobs] + [np.broadcast_to(area(designs), len(designs))] * silicon
-    least, there = np.stack(least, axis=1), {}
-    for place in np.lexsort((least[:, -1], least.prod(axis=1))):
+    sizes = np.broadcast_to(area(designs), len(designs))
+    least, there = np.stack([*(bound(job, designs) for job in jobs), *[sizes] * silicon], axis=1), {}
+    for place in np.lexsort((sizes, least.prod(axis=1))):
         if any(beats(one, least[place]) for one in there):
             continue
         found = price(designs[int(place)], jobs)

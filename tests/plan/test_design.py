@@ -34,8 +34,7 @@ def test_dies() -> None:
 
 def test_published_parts_of_the_910() -> None:
     """HPCA'21: 32 × (2.57 + 0.70 + 0.04) mm² and 32 × (3.13 + 0.46) W at 1 GHz; 54 MiB of buffers at 0.6 mm² each."""
-    row = d.table()["die"][0]
-    made = d._of(row)
+    made = d.dies()[0].design
     found = d.parts(made)
     assert found["cube"] == pytest.approx(82.24) and found["vector"] == pytest.approx(23.68)
     assert found["buffers"] == pytest.approx(32 * (64 + 64 + 256 + 1024 + 256) / 1024 * (0.5625 + 0.64) / 2)

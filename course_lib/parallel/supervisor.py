@@ -24,8 +24,7 @@ from torch import Tensor
 from course_lib.llm import checkpoint
 from course_lib.llm.corpus import Batches, Corpus
 from course_lib.llm.trainer import Settings, Trainer
-from course_lib.parallel import data
-from course_lib.parallel.launch import RankError, launch
+from course_lib.parallel import RankError, data, launch
 
 MOMENTS = ("step", "save")
 PATIENCE = 3  # failures in a row without a new checkpoint; then it is no accident

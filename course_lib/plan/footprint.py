@@ -87,17 +87,20 @@ def _of_layer(model: Model, index: int, shape: Shape, level: str = "none") -> di
     return {name: value / shape.cp for name, value in parts.items()}
 
 
-def ends(model: Model, tp: int) -> tuple[float, float]:
-    """Parameters of the embedding and of what follows the layers, on one rank."""
-    n = count(model)
-    table = model.vocab_size * model.width
-    return (table + n.positions) / tp, table / tp + (1 if model.gated else 2) * model.width
+def ends(model: Model, tp: int, alone: bool = False) -> tuple[float, float]:
+    """Parameters of the embedding and of what follows the layers, on one rank; ``alone``: both are on the same rank.
+
+    A tied table is held once then; in a pipeline the last stage has a copy.
+    """
+    n, table = count(model), model.vocab_size * model.width
+    head = 0 if model.tied and alone else table / tp
+    return (table + n.positions) / tp, head + (1 if model.gated else 2) * model.width
 
 
-def of_kinds(model: Model, places: tuple[int, ...], tp: int, ep: int) -> np.ndarray:
+def of_kinds(model: Model, places: tuple[int, ...], tp: int, ep: int, alone: bool = False) -> np.ndarray:
     """Parameters outside and inside the routed experts, of a layer at each of these places and of the two ends, (2, K)."""
     inside = [parameters(model, index, tp, ep) for index in places]
-    first, last = ends(model, tp)
+    first, last = ends(model, tp, alone)
     return np.array([[*(d for d, _ in inside), first, last], [*(r for _, r in inside), 0.0, 0.0]])
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from course_lib.chip import SystemSpec
+from course_lib.chip.figures import DTYPES
 from course_lib.plan import schedule as pipeline
 from course_lib.plan.memory import PRECISIONS
 from course_lib.plan.model import Model
@@ -140,8 +141,9 @@ DEGREES = ("dp", "tp", "cp", "pp", "vpp", "ep", "micro_batch", "global_batch")
 def reason(code: int, layout: Layout, model: Model, system: SystemSpec, context: int) -> str:
     """In words why ``refused`` gave this code for one layout."""
     lay, e = layout, model.experts
+    if code == 1:
+        return f"degrees are whole numbers of at least 1, ZeRO stages 0 to 3; found {layout}, dp {lay.dp}, batch {lay.global_batch}"
     return {
-        1: f"degrees are whole numbers of at least 1, ZeRO stages 0 to 3; found {layout}",
         2: f"chips: dp·tp·cp·pp = {lay.dp}·{lay.tp}·{lay.cp}·{lay.pp} makes {lay.chips}, {system.title} has {system.chips}; "
         "change dp or the system",
         3: f"heads: {model.heads} are not divisible by tp {lay.tp}; use a divisor of {model.heads}",
@@ -204,7 +206,10 @@ def _possible(lay: Layout) -> np.ndarray:
 def _words(layout: Layout) -> None:
     """LayoutError for a word that is none of those known."""
     known = {"recompute": RECOMPUTE, "schedule": pipeline.SCHEDULES, "kernels": KERNELS,
-             "attention": (None, "flash", "plain"), "precision": tuple(PRECISIONS)}  # fmt: skip
+             "attention": (None, "flash", "plain"), "precision": tuple(PRECISIONS), "gemm": tuple(DTYPES)}  # fmt: skip
+    for name in (*DEGREES, "zero"):
+        if np.asarray(getattr(layout, name)).dtype.kind not in "iuf":
+            raise LayoutError(f"{name} is {getattr(layout, name)!r}; give a whole number, or an array of them")
     for name, words in known.items():
         value = getattr(layout, name)
         for word in [value] if value is None or isinstance(value, str) else np.unique(value):

@@ -7,7 +7,7 @@ not fit into memory. Of the rest the fastest are shown, each with what it spends
     >>> from course_lib.plan import load_model
     >>> found = search(load_model("llama-2-7b"), load_system("atlas-800t-a2"), 4096, global_batch=64)
     >>> found.tried, int(found.steps.layout.tp[found.order[0]])
-    (19584, 1)
+    (1764, 1)
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,9 @@ class Found:
 
     def table(self, count: int = 5) -> str:
         """The fastest as lines: seconds, MFU, memory, the three largest parts besides products, what binds."""
-        lines = [f"{self.tried:,} layouts: {self.tried - len(self.steps.seconds):,} cannot be, "
-                 f"{len(self.steps.seconds) - len(self):,} do not fit, {len(self):,} are left"]  # fmt: skip
+        can = len(self.steps.seconds)
+        refusals, full = self.tried - can, can - len(self)
+        lines = [f"{self.tried:,} layouts: {refusals:,} cannot be, {full:,} do not fit, {len(self):,} are left"]
         return "\n".join(lines + [line(step) for step in self.best(count)])
 
 

@@ -231,7 +231,9 @@ def _per_parameter(chip: str, precision: str) -> float:
 def _parameters(model: Model, lay: Layout, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Parameters on each rank outside and inside the routed experts, (n, p) each."""
     pairs, which = np.unique(np.stack([lay.tp, lay.ep], 1), axis=0, return_inverse=True)
-    table = np.array([footprint.of_kinds(model, footprint.kinds(model)[0], int(t), int(e)) for t, e in pairs])
+    table = np.array(
+        [footprint.of_kinds(model, footprint.kinds(model)[0], int(t), int(e), len(rank) == 1) for t, e in pairs]
+    )
     held = np.einsum("uck,rk->ucr", table, rank)[which.ravel()]
     return held[:, 0], held[:, 1]
 

@@ -9,7 +9,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import re
 import signal
 import socket
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 from course_lib.parallel import portable, rank
+from course_lib.parallel.failures import failed, first_failure, overdue, told
 
 PRELOAD = """
     torch torch.distributed torch._dynamo torch.nn.parallel torch.distributed.fsdp torch.distributed.tensor.parallel
@@ -32,14 +32,6 @@ PRELOAD = """
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 GRACE, PATIENCE = 0.3, 3  # seconds for other ends to become known, after a failure and after a lost connection
 _starting = threading.Lock()
-
-
-class RankError(RuntimeError):
-    """A rank failed; ``rank`` is its number (the first, of those that did not end in time)."""
-
-    def __init__(self, message: str, rank: int) -> None:
-        super().__init__(message)
-        self.rank = rank
 
 
 def launch(fn: Callable[..., Any], *args: Any, ranks: int = 4, system: str | None = None, device: str = "npu",
@@ -66,12 +58,12 @@ def launch(fn: Callable[..., Any], *args: Any, ranks: int = 4, system: str | Non
         try:
             with _processes(ranks, folder, port, options, timeout) as processes:
                 ended = _wait(processes, folder, timeout)
-                if len(ended) < ranks and not _failed(ended, folder):
-                    raise _overdue(ended, ranks, folder, timeout)
+                if len(ended) < ranks and not failed(ended, folder):
+                    raise overdue(ended, ranks, folder, timeout)
         finally:
             _show(folder, ranks)
-        if _failed(ended, folder):
-            error, cause = _first_failure(ended, ranks, folder)
+        if failed(ended, folder):
+            error, cause = first_failure(ended, ranks, folder)
             raise error from cause
         return [_result(folder, at) for at in range(ranks)]
 
@@ -93,8 +85,10 @@ def _store() -> Iterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-    yield port
-    del store
+    try:
+        yield port
+    finally:
+        del store  # or the traceback of what was raised keeps it
 
 
 def _environment(at: int, ranks: int, port: int) -> dict[str, str]:
@@ -113,6 +107,7 @@ def _processes(ranks: int, folder: Path, port: int, options: dict[str, Any], tim
     processes = []
     try:
         for at in range(ranks):
+            (folder / f"stacks{at}").touch()
             arguments = (at, folder, _environment(at, ranks, port), options, timeout)
             processes.append(context.Process(target=rank.run, args=arguments, name=f"rank {at}"))
             with _quiet_start():
@@ -161,89 +156,18 @@ def _wait(processes: list[Any], folder: Path, timeout: float) -> dict[int, int]:
             at = running[sentinel]
             processes[at].join()
             ended[at] = processes[at].exitcode
-        if failed := _failed(ended, folder):  # of a lost connection there is a cause: another rank's end
-            only_lost = all(failure and failure.lost for failure in _told(failed, folder).values())
+        if ranks := failed(ended, folder):  # of a lost connection there is a cause: another rank's end
+            only_lost = all(failure and failure.lost for failure in told(ranks, folder).values())
             deadline = min(deadline, time.monotonic() + (PATIENCE if only_lost else GRACE))
     return ended
-
-
-def _failed(ended: dict[int, int], folder: Path) -> list[int]:
-    return [at for at, code in ended.items() if code or not (folder / f"result{at}").exists()]
-
-
-def _told(failed: list[int], folder: Path) -> dict[int, rank.Failure | None]:
-    """What each rank wrote of its failure, if it did."""
-    files = {at: folder / f"failure{at}" for at in failed}
-    return {at: pickle.loads(file.read_bytes()) if file.exists() else None for at, file in files.items()}
-
-
-def _first_failure(ended: dict[int, int], ranks: int, folder: Path) -> tuple[RankError, Exception | None]:
-    """The error of the rank that failed first, and what it raised.
-
-    A rank that died without a word comes before those that lost it. An abort may itself follow from another's error.
-    """
-    failures = _told(_failed(ended, folder), folder)
-    told = {at: failure for at, failure in failures.items() if failure}
-    silent = [at for at in failures if at not in told]
-    order = [at for at in silent if ended[at] != -signal.SIGABRT]
-    order += sorted((at for at in told if not told[at].lost), key=lambda at: told[at].when)
-    order += [at for at in silent if at not in order] + sorted(told, key=lambda at: told[at].when)
-    if order[0] in silent:
-        return RankError(
-            f"rank {order[0]} of {ranks} {_end(ended[order[0]])}; the other ranks were stopped", order[0]
-        ), None
-    at = min(at for at in told if told[at].what == told[order[0]].what)  # the same in many ranks: named by the lowest
-    done, hint = [at for at in ended if at not in failures], ""
-    if told[at].lost and done:
-        hint = f"\n({_names(done)} had returned: does every rank call the same collectives?)"
-    return RankError(f"rank {at} of {ranks} {told[at].what}{hint}\n\nIn rank {at}:\n{told[at].text}", at), _exception(
-        told[at].cause
-    )
-
-
-def _names(numbers: list[int]) -> str:
-    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, sorted(numbers)))
-
-
-def _end(code: int) -> str:
-    return (
-        f"was killed by {signal.Signals(-code).name}"
-        if code < 0
-        else f"ended with exit code {code} before its function returned"
-    )
-
-
-def _exception(pickled: bytes | None) -> Exception | None:
-    with contextlib.suppress(Exception):  # as of a class that takes other arguments than its message
-        error = pickle.loads(pickled)
-        return error if isinstance(error, Exception) else None
-    return None
-
-
-def _overdue(ended: dict[int, int], ranks: int, folder: Path, timeout: float) -> RankError:
-    """Who was still running after ``timeout`` seconds, and where."""
-    running = [at for at in range(ranks) if at not in ended]
-    patience = time.monotonic() + 1
-    while time.monotonic() < patience and not all((folder / f"stacks{at}").stat().st_size for at in running):
-        time.sleep(0.02)
-    where = "\n".join(f"rank {at} was in\n{_stack((folder / f'stacks{at}').read_text())}" for at in running)
-    return RankError(f"{_names(running)} of {ranks} still running after {timeout:g} s; stopped\n\n{where}", running[0])
-
-
-def _stack(dump: str) -> str:
-    """The main thread's frames, innermost first, between the call of the function and its end."""
-    main = re.split(r"^(?:Current )?[Tt]hread 0x.*\n", dump, flags=re.MULTILINE)[-1]
-    return main.split(f'  File "{rank.__file__}"')[0] or main
 
 
 def _show(folder: Path, ranks: int) -> None:
     """Print what the ranks printed, rank by rank."""
     for name in ("stdout", "stderr"):
         files = [folder / f"{name}{at}" for at in range(ranks)]
-        said = {
-            at: file.read_text(encoding="utf-8", errors="replace") for at, file in enumerate(files) if file.exists()
-        }
-        said = {at: text for at, text in said.items() if text}
-        for at, text in said.items():
-            for line in text.splitlines():
+        texts = [file.read_text(encoding="utf-8", errors="replace") if file.exists() else "" for file in files]
+        said = {at: text.splitlines() for at, text in enumerate(texts) if text}
+        for at, lines in said.items():
+            for line in lines:
                 print(line if len(said) == 1 else f"[rank {at}] {line}", file=getattr(sys, name))

@@ -21,7 +21,7 @@ import types
 from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ import torch.distributed as dist
 from course_lib import data
 from course_lib.llm.device import open_device
 from course_lib.parallel import portable
+from course_lib.parallel.failures import Failure
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 EMULATOR = "course_lib.npu"
@@ -91,16 +92,6 @@ def stay_on_this_machine() -> None:
     for name in loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     os.environ.setdefault("GLOO_LOG_LEVEL", "ERROR")
-
-
-class Failure(NamedTuple):
-    """What a rank raised: whether for a lost connection, when, as a line, as a traceback, and pickled if that is possible."""
-
-    lost: bool
-    when: float
-    what: str
-    text: str
-    cause: bytes | None
 
 
 # -- a process of launch --------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +127,22 @@ def _quiet_start() -> Iterator[None]:
         main.__spec__ = None
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when the forkserver imports it
         try:
+            if METHOD == "forkserver":
+                _start_server()
             yield
         finally:
             vars(main).update(hidden)
             if level is None:
                 del os.environ["TORCH_CPP_LOG_LEVEL"]
+
+
+def _start_server() -> None:
+    """The forkserver, if there is none yet; Ctrl-C, which a terminal sends to all, is for this process alone."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _kill(process: Any) -> None:

@@ -9,7 +9,6 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 
 from course_lib.lessons.notebooks import KERNEL_ENV
 from course_lib.parallel.portable import dumps

@@ -246,6 +246,8 @@ def communicator(group: Any) -> Communicator:
 
 
 def _join(name: str, ranks: list[int], rank: int, gloo: Any) -> Communicator:
+    from course_lib.npu import sharding  # noqa: F401, PLC0415, loads DTensor, which only many ranks need
+
     system = runtime.system()  # raises where none is known
     if max(ranks) >= system.chips:
         raise RuntimeError(f"rank {max(ranks)} has no chip: {system.title} has {system.chips}; npu.use(system=load_system({system.name!r}).having(nodes=…)) gives more")

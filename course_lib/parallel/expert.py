@@ -143,7 +143,9 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, way: str = "exchange", fac
         raise ValueError(f"unknown way {way!r}; expected one of {', '.join(WAYS)}")
     for part in [module for module in model.modules() if isinstance(module, Experts)]:
         if part.shape.routed % mesh.size(-1):
-            raise ValueError(f"{part.shape.routed} routed experts do not divide among {mesh.size(-1)} ranks; give a number of ranks that divides {part.shape.routed}")
+            raise ValueError(
+                f"{part.shape.routed} routed experts do not divide among {mesh.size(-1)} ranks; give a number of ranks that divides {part.shape.routed}"
+            )
         part.__class__ = WAYS[way]  # the same module with other methods, so that names of weights stay
         part.mesh = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim > 1 else mesh
         part.group, part.factor = part.mesh.get_group(), factor

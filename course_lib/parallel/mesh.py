@@ -65,7 +65,9 @@ class Combined:
         way: str = "exchange", clip: float = 1.0,
     ) -> None:  # fmt: skip
         if rows % (layout.dp * microbatches):
-            raise ValueError(f"{rows} rows do not divide into {microbatches} micro-batches on each of {layout.dp} ranks")
+            raise ValueError(
+                f"{rows} rows do not divide into {microbatches} micro-batches on each of {layout.dp} ranks"
+            )
         self.layout, self.device, self.clip = layout, device, clip
         mesh = layout.mesh(device)
         both = mesh["replica", "ep"]

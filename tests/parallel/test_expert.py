@@ -67,7 +67,10 @@ def train(way: str, factor: float, device: str) -> tuple[Run, list[torch.Tensor]
         for p in routed:  # each on one rank only
             p.grad.to_local().div_(P)
         if gradients is None:
-            gradients = {name: (p.grad.full_tensor() if is_expert(p) else p.grad).cpu().clone() for name, p in model.named_parameters()}
+            gradients = {
+                name: (p.grad.full_tensor() if is_expert(p) else p.grad).cpu().clone()
+                for name, p in model.named_parameters()
+            }
             balances = [measure(part) for part in model.experts()]
         torch.distributed.all_reduce(loss)
         losses.append(loss.item())

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ def _quiet_start() -> Iterator[None]:
 
 def _start_server() -> None:
     """The forkserver, if there is none yet; Ctrl-C, which a terminal sends to all, is for this process alone."""
+    resource_tracker.ensure_running()  # which would unblock the signal
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()

@@ -17,7 +17,7 @@ from course_lib.parallel import launch
 from course_lib.parallel.tensor import COLUMNS, ROWS, check, clip_split, split, split_by_hand
 from tests.parallel.same import CLIP, Run, adamw, alone, assert_same, batches, shape, whole
 
-CASES = [("cpu", 4)]  # device, ranks
+CASES = [("cpu", 4), ("npu", 2)]  # device, ranks
 WAYS = ("by hand", "tensor", "tensor and sequence")
 
 

@@ -99,6 +99,8 @@ def stay_on_this_machine() -> None:
 
 def run(rank: int, folder: Path, environment: dict[str, str], options: dict[str, Any], timeout: float) -> None:
     """Be ``rank``: read the call from ``folder``, write there what it prints, returns or raises, and end."""
+    if not folder.exists():  # launch was interrupted meanwhile
+        os._exit(1)
     _detach(folder, rank, timeout)
     os.environ.clear()
     os.environ.update(environment)

@@ -33,17 +33,24 @@ class Owned:
                  group: dist.ProcessGroup | None = None) -> None:  # fmt: skip
         self.model, self.stage, self.group, self.rank = model, stage, group, dist.get_rank(group)
         self.parameters = list(model.parameters())
-        self.owners = deal([p.numel() for p in self.parameters], dist.get_world_size(group))
-        self.optimizer = make([p for p, owner in zip(self.parameters, self.owners) if owner == self.rank])
+        owners = deal([p.numel() for p in self.parameters], dist.get_world_size(group))
+        self.owner = dict(zip(self.parameters, owners))
+        self.optimizer = make([p for p in self.parameters if self.owner[p] == self.rank])
+
+        for p in self.parameters if stage == 2 else ():
+            p.register_post_accumulate_grad_hook(self.give)
+
+    def reduce(self) -> None:
+        """Between backward and step: in stage 1, average all gradients on all ranks; in stage 2 backward has."""
+        if self.stage == 1:
+            average(self.model, self.group)
 
     @torch.no_grad()
-    def reduce(self) -> None:
-        """After backward: average each gradient on all ranks (stage 1), or on its owner, and forget it elsewhere (2)."""
-        if self.stage == 1:
-            return average(self.model, self.group)
-        for p, owner in zip(self.parameters, self.owners):
-            dist.reduce(p.grad, group=self.group, group_dst=owner)
-            p.grad = p.grad / dist.get_world_size(self.group) if owner == self.rank else None
+    def give(self, p: Tensor) -> None:
+        """Called by backward when the gradient of `p` is there: its owner gets the average, the others forget it."""
+        owner = self.owner[p]
+        dist.reduce(p.grad, group=self.group, group_dst=owner)
+        p.grad = p.grad / dist.get_world_size(self.group) if owner == self.rank else None
 
     def clip(self, most: float) -> None:
         """As of one device: in stage 1 each rank has all gradients, in stage 2 only those that no other has."""
@@ -56,8 +63,8 @@ class Owned:
     def step(self) -> None:
         """Step what this rank owns; then each owner sends its weights to all."""
         self.optimizer.step()
-        for p, owner in zip(self.parameters, self.owners):
-            dist.broadcast(p.detach(), group=self.group, group_src=owner)
+        for p in self.parameters:
+            dist.broadcast(p.detach(), group=self.group, group_src=self.owner[p])
             p.grad = None
 
 
@@ -126,14 +133,15 @@ def shard_by_hand(model: nn.Module, group: dist.ProcessGroup | None = None) -> l
 def shard(model: nn.Module, mesh: DeviceMesh, stage: int = 3, dtype: torch.dtype | None = None) -> nn.Module:
     """Stages 2 and 3 by PyTorch: FSDP2 over each of the model's `blocks`, and over the rest.
 
-    With a `dtype`, as bfloat16, layers compute in it and gradients are summed in float32. ValueError for other stages.
+    With a `dtype`, as bfloat16, the blocks' weights are gathered and multiplied in it; the residual stream, the loss and
+    sums of gradients stay in float32. ValueError for other stages.
     """
     if stage not in (2, 3):
         raise ValueError(f"fully_shard makes ZeRO-2 and ZeRO-3, not stage {stage}; for 1 take owned_by_torch")
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    policy = MixedPrecisionPolicy(dtype, torch.float32, torch.float32) if dtype else MixedPrecisionPolicy()
     for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=stage == 3, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)  # backward begins with these
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False)  # backward begins with the rest
 
 
 def owned_by_torch(model: nn.Module, kind: type[Optimizer], group: dist.ProcessGroup | None = None, **settings: object

@@ -249,7 +249,13 @@ def port(design: Design) -> np.ndarray:
     That gives the published widths of 910B2 and 950DT, and 32 in place of 31 for the 950PR.
     """
     share = np.rint(design.memory_bandwidth / (design.cores * design.clock) / PORT) * PORT
-    return np.clip(share, PORT, load_chip(BASE).require("paths.l2_read"))
+    return np.clip(share, PORT, base().require("paths.l2_read"))
+
+
+@cache
+def base() -> ChipSpec:
+    """The chip that a design has the rest from, read once."""
+    return load_chip(BASE)
 
 
 def chip(design: Design, title: str = "A design") -> ChipSpec:
@@ -257,17 +263,17 @@ def chip(design: Design, title: str = "A design") -> ChipSpec:
 
     Wires from L1 to L0A and L0B are as wide as the tile's sides ask for; for a core's port to HBM see `port`.
     """
-    base, (m, k, n) = load_chip(BASE), design.tile
-    wide, l2 = int(port(design)), base.require("paths.l2_read")
+    rest, (m, k, n) = base(), design.tile
+    wide, l2 = int(port(design)), rest.require("paths.l2_read")
     sizes = {"l0a": design.l0, "l0b": design.l0, "l0c": design.l0c, "l1": design.l1, "ub": design.ub}
-    spec = base.having(
+    spec = rest.having(
         title,
         cube__cores=design.cores, cube__clock=round(design.clock), vector__cores=design.cores * design.vectors,
         memory__capacity=design.memory, memory__bandwidth=round(design.memory_bandwidth),
         memory__l2_capacity=design.l2 * MIB, memory__l2_bandwidth=round(design.cores * l2 * design.clock),
         paths__gm_read=wide, paths__gm_write=wide,
-        paths__l1_l0a=base.require("paths.l1_l0a") * m * k // 256,
-        paths__l1_l0b=base.require("paths.l1_l0b") * k * n // 256,
+        paths__l1_l0a=rest.require("paths.l1_l0a") * m * k // 256,
+        paths__l1_l0b=rest.require("paths.l1_l0b") * k * n // 256,
         cube__tile__int8=(m, 2 * k, n), cube__tile__float32=(m, max(1, k // 4), n),
         **{f"cube__tile__{dtype}": (m, k, n) for dtype in ("float16", "bfloat16")},
         **{f"buffers__{name}": size * KIB for name, size in sizes.items()},

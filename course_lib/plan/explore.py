@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from course_lib.chip import ChipSpec, Matmul, Work, cost, load_chip
+from course_lib.chip import ChipSpec, Matmul, Work, cost
 from course_lib.chip.figures import DTYPES
 from course_lib.plan import activations, memory
-from course_lib.plan.design import BASE, KIB, Design, area, chip, port, watts
+from course_lib.plan.design import KIB, Design, area, base, chip, port, watts
 from course_lib.plan.layers import count
 from course_lib.plan.model import Model
 from course_lib.plan.operators import operators
@@ -156,7 +156,7 @@ def bound(job: Job, designs: Design) -> np.ndarray:
     is least for a square that fills L0C.
     """
     cycles = designs.cores * designs.clock
-    side, l2 = np.sqrt(designs.l0c * KIB / SUMS), load_chip(BASE).require("paths.l2_read") * cycles
+    side, l2 = np.sqrt(designs.l0c * KIB / SUMS), base().require("paths.l2_read") * cycles
     total = np.zeros(len(designs))
     for work, times in job.works:
         macs = sum(one.batch * one.m * one.k * one.n for one in work.matmuls)
@@ -203,13 +203,26 @@ def front(jobs: Sequence[Job], designs: Design, silicon: bool = False) -> list[F
     sizes = np.broadcast_to(area(designs), len(designs))
     least, there = np.stack([*(bound(job, designs) for job in jobs), *[sizes] * silicon], axis=1), {}
     for place in np.lexsort((sizes, least.prod(axis=1))):
-        if any(beats(one, least[place]) for one in there):
-            continue
-        found = price(designs[int(place)], jobs)
-        reached = (*found.seconds, *least[place, len(jobs) :])
-        if not any(beats(one, reached) for one in there):
+        reached, found = _priced_while_it_could_win(designs, int(place), jobs, least[place].copy(), there)
+        if found:
             there = {one: kept for one, kept in there.items() if not beats(reached, one)} | {reached: found}
     return [there[one] for one in sorted(there)]
+
+
+def _priced_while_it_could_win(
+    designs: Design, place: int, jobs: Sequence[Job], reached: np.ndarray, there: dict[tuple, Found]
+) -> tuple[tuple, Found | None]:
+    """What one design reaches, job by job in place of its bounds, until one of ``there`` beats it (then None)."""
+    outcomes, spec, design = [], None, None
+    for place_of_job, job in enumerate((*jobs, None)):
+        if any(beats(one, reached) for one in there):
+            return (), None
+        if job:
+            design = design or designs[place]
+            spec = spec or chip(design)
+            outcomes.append(run(job, spec, design.link))
+            reached[place_of_job] = outcomes[-1].seconds
+    return tuple(reached.tolist()), Found(design, tuple(outcomes))
 
 
 def beats(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -109,12 +109,8 @@ class History:
     @property
     def failures(self) -> int:
         """Unplanned failures that stopped the run or were found in it."""
-        return sum(event.kind in self.kinds for event in self.events)
-
-    @property
-    def kinds(self) -> set[str]:
-        """Kinds of failure that may strike this run."""
-        return {failure.kind for failure in self.run.failures.classes}
+        kinds = {failure.kind for failure in self.run.failures.classes}
+        return sum(event.kind in kinds for event in self.events)
 
     def at(self, times: Sequence[float]) -> dict[str, np.ndarray]:
         """Hours by category from the start until each of ``times``."""

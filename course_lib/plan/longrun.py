@@ -28,7 +28,9 @@ __all__ = ["CATEGORIES", "Event", "History", "Run", "Stragglers", "simulate", "s
 
 
 def simulate(run: Run, seed: int = 0) -> History:
-    """One run. The same seed strikes the same chips at the same hours, whatever is done about it."""
+    """One run. The same seed strikes at the same hours, whatever is done about it: failures also come at their full rate
+    while the run stands still, waits or has shrunk.
+    """
     return _Simulation(run, seed).history()
 
 

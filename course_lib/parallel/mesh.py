@@ -9,8 +9,8 @@ experts have tokens of their own, so in all that is not routed they are data-par
 ranks that hold the same piece of a weight, divided by DP, as the loss is the mean over all tokens.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +23,11 @@ from torch.distributed.tensor.parallel import loss_parallel
 from course_lib.llm.config import Config
 from course_lib.llm.experts import Experts
 from course_lib.llm.model import Transformer
+from course_lib.llm.recompute import apply
 from course_lib.parallel.expert import data_group, is_expert, shard_experts
+from course_lib.parallel.main_weights import Divided, MainWeights, by_owners, local, pieces
 from course_lib.parallel.pipeline import pipeline
+from course_lib.parallel.stages import place
 from course_lib.parallel.tensor import split
 
 
@@ -56,14 +59,20 @@ class Layout:
 class Combined:
     """A model laid out over all ranks, its optimizer, and the step that trains it.
 
-    `rows` are all rows of a step, of which each of the DP ranks takes its part, in `microbatches`.
+    `rows` are all rows of a step, of which each of the DP ranks takes its part, in `microbatches`. `sequence`: with TP
+    the residual stream is split by tokens. `dtype`: of the weights, None for float32; `zero` 1 keeps main weights in
+    float32 besides, each rank its part (main_weights.py). `recompute` as llm.recompute has it, `way` and `factor` as
+    expert.py. `shapes`: weights have no numbers, and only those of this rank are ever made: for shape-only execution.
     """
 
     def __init__(
         self, config: Config, layout: Layout, rows: int, device: torch.device | str,
         optimizer: Callable[..., torch.optim.Optimizer], seed: int = 0, microbatches: int = 1, schedule: str = "1F1B",
-        way: str = "exchange", clip: float = 1.0,
+        vpp: int | None = None, way: str = "exchange", factor: float = 1.25, clip: float = 1.0, sequence: bool = True,
+        dtype: torch.dtype | None = None, recompute: str = "none", zero: int = 0, shapes: bool = False,
     ) -> None:  # fmt: skip
+        if zero not in (0, 1):
+            raise ValueError(f"zero={zero}: expected 0, or 1 for main weights and optimizer state divided over DP")
         if rows % (layout.dp * microbatches):
             raise ValueError(
                 f"{rows} rows do not divide into {microbatches} micro-batches on each of {layout.dp} ranks"
@@ -72,18 +81,22 @@ class Combined:
         mesh = layout.mesh(device)
         both = mesh["replica", "ep"]
         self.data, self.replicas = data_group(both), mesh.get_group("replica")
-        model = Transformer(config, seed)
-        shard_experts(model, both, way)
+        with torch.device("meta") if shapes else nullcontext():
+            model = Transformer(config, seed).to(dtype)
+        apply(model, recompute)
+        shard_experts(model, both, way, factor)
         if layout.tp > 1:
-            split(model.to(device), mesh["tp"], sequence=layout.pp == 1)
+            split(model if shapes else model.to(device), mesh["tp"], sequence)
         if layout.pp > 1:
             mine = rows // layout.dp
-            self.part = pipeline(schedule, model, mine, microbatches, device, group=mesh.get_group("pp"))
+            streams = layout.tp if sequence else 1
+            self.part = pipeline(schedule, model, mine, microbatches, device, vpp, mesh.get_group("pp"), streams=streams)
             for experts in self.experts():  # the whole model does so itself
                 experts.register_forward_hook(lambda experts, *_: experts.count())
         else:
-            self.part = Undivided(model.to(device), microbatches)
-        self.optimizer = optimizer(groups(self.parameters()))
+            self.part = Undivided(place(model, device), microbatches)
+        self.main = MainWeights(self.shared(), optimizer) if zero else None
+        self.optimizer = self.main.optimizer if self.main else optimizer(groups(self.parameters()))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's weights, those of the routed experts with the rest."""
@@ -94,13 +107,25 @@ class Combined:
         mine = (part.chunk(self.layout.dp)[self.data.rank()].to(self.device) for part in (tokens, targets))
         with loss_parallel():  # of logits split by TP
             loss = self.part.step(*mine)
-        self.reduce()
-        clip_gradients(self.parameters(), self.clip, self.layout)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.update()
         for experts in self.experts():
             experts.balance()
         return mean(loss, self.layout, self.device)
+
+    def update(self) -> None:
+        """Step the weights by the gradients of all ranks."""
+        if self.main:
+            self.norm = self.main.update(self.clip)  # scalar, before clipping
+            return
+        self.reduce()
+        self.norm = clip_gradients(self.parameters(), self.clip, self.layout)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def shared(self) -> list[Divided]:
+        """Weights by the ranks that have the same: ZeRO-1's groups."""
+        stage, dp = self.layout.dp * self.layout.tp, self.layout.dp
+        return by_owners(self.parameters(), lambda p: self.replicas if is_expert(p) else self.data, stage, dp)
 
     def reduce(self) -> None:
         """Gradients of the mean over all tokens, from those of this rank's."""
@@ -169,17 +194,6 @@ def clip_gradients(parameters: Iterable[Tensor], most: float, layout: Layout) ->
     for p in parameters:
         local(p.grad).mul_((most / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-def pieces(p: Tensor) -> int:
-    """Into how many pieces a weight is cut, each on other ranks."""
-    placements = getattr(p, "placements", ())
-    return math.prod(p.device_mesh.size(i) for i, placement in enumerate(placements) if placement.is_shard())
-
-
-def local(x: Tensor) -> Tensor:
-    """What this rank holds of x; the tensor itself where that is all of it."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def mean(loss: Tensor | None, layout: Layout, device: torch.device | str) -> Tensor:

@@ -14,7 +14,7 @@ from course_lib.llm.model import Transformer
 from course_lib.parallel import launch
 from course_lib.parallel.expert import Balance, is_expert, measure, shard_experts, slots
 from course_lib.parallel.mesh import Layout, add_up, clip_gradients
-from tests.parallel.same import CLIP, STEPS, Run, adamw, assert_same, batches, close, shape, whole
+from tests.parallel.same import CLIP, Run, adamw, assert_same, batches, close, shape, whole
 
 WAYS = {"gather": 1.0, "exchange": 1.0, "capacity": 4.0}  # with capacity for every token: 4 = E/k
 DEVICES = ["cpu"]

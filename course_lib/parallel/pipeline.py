@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from course_lib.llm.model import Transformer
-from course_lib.parallel.stages import Stage, cut, loss_of
+from course_lib.parallel.stages import Stage, cut, loss_of, place
 from course_lib.parallel.tables import SINGLE, per_rank, placement
 
 
@@ -50,6 +50,12 @@ class Watched(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, **kwargs: Any) -> Any:
         with self.watch("W", bwd_chunk_id):
             return super().backward_weight_one_chunk(bwd_chunk_id, **kwargs)
+
+    def _warmup_forward_vote(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Shapes are told, on every rank: no need to vote by messages on whether to find them out."""
+        return torch.ones((), dtype=torch.int32, device="cpu")
+
+    _warmup_backward_result = _warmup_forward_vote
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         with self.watch("F", self.latest):
@@ -81,12 +87,13 @@ class Pipeline:
 
 def pipeline(
     name: str, model: Transformer, rows: int, microbatches: int, device: torch.device | str, vpp: int | None = None,
-    group: dist.ProcessGroup | None = None, tokens: int | None = None,
+    group: dist.ProcessGroup | None = None, tokens: int | None = None, streams: int = 1,
 ) -> Pipeline:  # fmt: skip
     """This rank's part of ``model`` on ``device``, under the schedule called ``name``.
 
     A step has ``rows`` rows of ``tokens`` tokens (default: the context), cut into ``microbatches``. ``group`` are the
     ranks of the pipeline, default all. Shapes are told to PyTorch beforehand, so that no step is spent to find them.
+    Sequence parallelism leaves a rank one of ``streams`` parts of the residual stream, by tokens.
     """
     pp, rank = dist.get_world_size(group), dist.get_rank(group)
     parts = cut(len(model.blocks), pp * per_rank(name, vpp))
@@ -94,9 +101,9 @@ def pipeline(
     dtype = model.embedding.weight.dtype
     stages, wrapped = [], []
     for index in placement(name, pp, vpp)[rank]:
-        stage = Stage(model, parts[index]).to(device)
-        ins = like(B, T, dtype=torch.int64) if stage.embedding is not None else like(B, T, D, dtype=dtype)
-        out = like(B, T, D if stage.unembedding is None else V, dtype=dtype)
+        stage = place(Stage(model, parts[index], T), device)
+        ins = like(B, T, dtype=torch.int64) if stage.embedding is not None else like(B, T // streams, D, dtype=dtype)
+        out = like(B, T // streams, D, dtype=dtype) if stage.unembedding is None else like(B, T, V, dtype=dtype)
         stages.append(stage)
         wrapped.append(Watched(stage, index, len(parts), torch.device(device), ins, out, group=group))
     kind = schedules.get_schedule_class(name)

@@ -6,6 +6,7 @@
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,8 +19,9 @@ class Stage(nn.Module):
     Parameters have the names that they have in the whole model.
     """
 
-    def __init__(self, model: Transformer, layers: range) -> None:
+    def __init__(self, model: Transformer, layers: range, tokens: int | None = None) -> None:
         super().__init__()
+        self.tokens = tokens  # T, where the residual stream has only this rank's part of them
         refuse(model)
         count = len(model.blocks)
         self.blocks = nn.ModuleDict({str(layer): model.blocks[layer] for layer in layers})
@@ -31,11 +33,17 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, T) or the residual stream (B, T, D) to the residual stream, or after the last layer logits (B, T, V)."""
-        T = x.shape[1]
+        T = self.tokens or x.shape[1]
         x = x if self.embedding is None else self.embedding(x)  # (B, T, D)
         for block in self.blocks.values():
             x = block(x, self.cos[:T], self.sin[:T])  # (B, T, D)
         return x if self.unembedding is None else self.unembedding(self.norm(x))  # (B, T, V)
+
+
+def place(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """The module on the device; one on "meta" gets weights there without values, as shape-only execution wants them."""
+    meta = any(p.is_meta for p in module.parameters())
+    return module.to_empty(device=device) if meta else module.to(device)
 
 
 def refuse(model: Transformer) -> None:

@@ -15,8 +15,8 @@ from course_lib.plan.timetable import replay
 from course_lib.show.ranks import ACTION, spans
 from tests.parallel.same import CLIP, ROWS, Run, adamw, alone, assert_same, batches, shape
 
-CONFIG = shape("micro", layers=8, tied=False)
-STEPS = 3
+CONFIG = shape("micro", layers=8, tied=False)  # on 4 ranks at most 8 stages
+STEPS = 2
 SYSTEM = {"cpu": {}, "npu": {"system": "mini-node"}}
 HANDS = {"by hand, naive": 1, "by hand, GPipe": 4}  # micro-batches
 

@@ -40,6 +40,12 @@ def test_counts_of_llama() -> None:
     assert sum(LLAMA.by_kind(16384).values()) == pytest.approx(LLAMA.rate(16384))
 
 
+def test_every_figure_has_a_source() -> None:
+    for name, rows in published().items():
+        for row in rows if isinstance(rows, list) else [rows]:
+            assert name == "assumed" or (row["tag"] == "P" and row["source"].startswith("arXiv ")), name
+
+
 @pytest.mark.parametrize("row", published()["availability"], ids=lambda row: row["name"])
 def test_availability_of_ub_mesh(row: dict) -> None:
     assert availability(row["mtbf"], row["mttr"] / 60) == pytest.approx(row["printed"], abs=1e-3)

@@ -152,6 +152,15 @@ def test_the_naive_pipeline_computes_on_one_rank_at_a_time(emulated: list[dict[s
     assert len(found) == 2 * FOUR and all(end <= start for (_, end), (start, _) in pairwise(found))
 
 
+def test_shapes_alone_take_the_same_time(emulated: list[dict[str, list]]) -> None:
+    shapes = launch(watched, ("1F1B",), ranks=FOUR, system="mini-node", numerics=False)
+    with_numbers, without = (
+        {name: end - start for name, (start, end) in actions([records["1F1B"] for records in ranks]).items()}
+        for ranks in (emulated, shapes)
+    )
+    assert with_numbers == without
+
+
 # -- tables and refusals ------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Published runs beside the plan: the claims made of the table, its calibration, and that the page in docs is current."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from course_lib import plan
 from course_lib.plan import naive
 from course_lib.plan import published_runs as published
+from course_lib.plan.step import plan as plan_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +71,17 @@ def test_published_runs_fit() -> None:
 
 
 NOT_FITTING = ("llama3-405b-8k",)  # FSDP there, ZeRO-1 here
+
+
+def test_what_an_open_vpp_is_worth() -> None:
+    """The row of Llama 3 prints what other stages than one a rank would make of its error."""
+    row = next(row for row in published.entries() if row["run"] == "llama3-405b-8k")
+    layout, errors = published.layout_of(row), []
+    for vpp in (2, 4, 8):
+        changed = replace(layout, vpp=vpp, schedule="Interleaved1F1B")
+        step = plan_step(published.model_of(row), published.system_of(row), changed, int(row["seq"]))
+        errors.append(round(100 * (published.in_measure(row, step) / float(row["value"]) - 1)))
+    assert "with 2, 4 or 8 ours would be {}, {} or {} % too high".format(*errors) in row["assumed"]
 
 
 def test_the_share_of_8_bit_products_is_the_published_one() -> None:

@@ -8,8 +8,7 @@ import torch
 
 from course_lib.chip import load_system
 from course_lib.chip.collectives import transfer
-from course_lib.parallel import launch
-from course_lib.parallel.launch import RankError
+from course_lib.parallel import RankError, launch
 
 RANKS = 4
 

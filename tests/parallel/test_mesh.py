@@ -18,7 +18,7 @@ GQA = shape("micro", layers=4, tied=False, heads=4, kv_heads=2)
 V3 = shape("micro-v3", layers=4, mtp=0)
 LAYOUTS = {
     "DP2 TP2 PP2": (GQA, Layout(dp=2, tp=2, pp=2), {"microbatches": 2}),
-    "DP2 TP2 with accumulation": (GQA, Layout(dp=2, tp=2), {"microbatches": 2}),
+    "DP2 with accumulation": (GQA, Layout(dp=2), {"microbatches": 2}),
     "DP2 PP2 interleaved": (GQA, Layout(dp=2, pp=2), {"microbatches": 4, "schedule": "Interleaved1F1B"}),
     "DP4 EP2": (test_expert.config(), Layout(dp=4, ep=2), {}),
     "DP4 EP4": (test_expert.config(), Layout(dp=4, ep=4), {"way": "gather"}),

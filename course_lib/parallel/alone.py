@@ -48,7 +48,7 @@ def _run(fn: Callable[..., Any], args: tuple, ranks: int, rank: int, system: str
 @contextlib.contextmanager
 def one_of(ranks: int, rank: int, system: str | None = None) -> Iterator[torch.device]:
     """This process as ``rank`` of ``ranks``, without numbers; gives its device. The emulated npu must not be loaded yet."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415, which registers "fake" too
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers "fake" too
 
     wanted = one_rank.emulation("npu", system, numerics=False) | {
         "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"

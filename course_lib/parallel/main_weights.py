@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Replicate
 
 
 class Divided:
@@ -44,10 +44,13 @@ class Divided:
     @torch.no_grad()
     def collect(self, p: nn.Parameter) -> None:
         """Called by backward for each gradient of a micro-batch."""
-        if isinstance(p, DTensor) and any(isinstance(placement, Partial) for placement in p.grad.placements):
-            self.partial[p] = p.device_mesh.get_group()
-        self.places[p].add_(local(p.grad).flatten())
-        p.grad = None
+        gradient, p.grad = p.grad, None
+        if isinstance(p, DTensor) and gradient.placements != p.placements:
+            if p.placements == (Replicate(),):
+                self.partial[p] = p.device_mesh.get_group()  # parts of a sum, which wait for the last micro-batch
+            else:
+                gradient = gradient.redistribute(placements=p.placements)
+        self.places[p].add_(local(gradient).flatten())
 
     @torch.no_grad()
     def reduce(self) -> None:

@@ -10,7 +10,7 @@ ranks that hold the same piece of a weight, divided by DP, as the loss is the me
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,9 @@ class Combined:
         if layout.pp > 1:
             mine = rows // layout.dp
             streams = layout.tp if sequence else 1
-            self.part = pipeline(schedule, model, mine, microbatches, device, vpp, mesh.get_group("pp"), streams=streams)
+            self.part = pipeline(
+                schedule, model, mine, microbatches, device, vpp, mesh.get_group("pp"), streams=streams
+            )
             for experts in self.experts():  # the whole model does so itself
                 experts.register_forward_hook(lambda experts, *_: experts.count())
         else:
@@ -146,6 +148,7 @@ class Undivided:
 
     def __init__(self, model: Transformer, microbatches: int) -> None:
         self.stages, self.microbatches = [model], microbatches
+        self.watch: Callable[[str], AbstractContextManager] = nullcontext  # as in `Pipeline`
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.stages[0].parameters()
@@ -153,9 +156,11 @@ class Undivided:
     def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Gradients of the mean loss of all rows (rows, T), and that loss."""
         (model,), m, losses = self.stages, self.microbatches, []
-        for x, y in zip(tokens.chunk(m), targets.chunk(m), strict=True):
-            loss = model(x, y) / m  # scalar
-            (loss if model.aside is None else loss + model.aside / m).backward()
+        for number, (x, y) in enumerate(zip(tokens.chunk(m), targets.chunk(m), strict=True)):
+            with self.watch(f"0F{number}"):
+                loss = model(x, y) / m  # scalar
+            with self.watch(f"0B{number}"):
+                (loss if model.aside is None else loss + model.aside / m).backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 

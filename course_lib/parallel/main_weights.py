@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+# Named anew in PyTorch 2.13
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Divided:
     """Weights that the same ranks share: gradients of all (n,), main weights and their gradients of this rank (n/P,).
@@ -61,7 +65,7 @@ class Divided:
             dist.all_reduce(total, group=group)
             torch._foreach_copy_(parts, list(total.split([len(part) for part in parts])))
         self.main.grad = torch.empty_like(self.main)  # (n/P,)
-        dist.reduce_scatter_tensor(self.main.grad, self.gradients, group=self.group)
+        reduce_scatter(self.main.grad, self.gradients, group=self.group)
         self.main.grad /= self.over
 
     @torch.no_grad()
@@ -69,7 +73,7 @@ class Divided:
         """The stepped weights to all ranks; the gradients begin anew."""
         mine = self.main.detach().to(self.weights[0].dtype)
         row = mine.new_empty(len(self.gradients))  # (n,)
-        dist.all_gather_into_tensor(row, mine, group=self.group)
+        all_gather(row, mine, group=self.group)
         rows = row[: sum(self.sizes)].split(self.sizes)
         torch._foreach_copy_(self.weights, [r.view_as(w) for r, w in zip(rows, self.weights, strict=True)])
         self.gradients.zero_()

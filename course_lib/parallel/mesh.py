@@ -97,7 +97,7 @@ class Combined:
                 experts.register_forward_hook(lambda experts, *_: experts.count())
         else:
             self.part = Undivided(place(model, device), microbatches)
-        self.main = MainWeights(self.shared(), optimizer) if zero else None
+        self.main = MainWeights(self.shared(microbatches), optimizer) if zero else None
         self.optimizer = self.main.optimizer if self.main else optimizer(groups(self.parameters()))
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -124,10 +124,14 @@ class Combined:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def shared(self) -> list[Divided]:
-        """Weights by the ranks that have the same: ZeRO-1's groups."""
+    def shared(self, microbatches: int) -> list[Divided]:
+        """Weights by the ranks that have the same: ZeRO-1's groups.
+
+        A schedule divides gradients by the micro-batches when all are there; main weights have taken them away by then.
+        """
         stage, dp = self.layout.dp * self.layout.tp, self.layout.dp
-        return by_owners(self.parameters(), lambda p: self.replicas if is_expert(p) else self.data, stage, dp)
+        over = dp * (microbatches if self.layout.pp > 1 else 1)
+        return by_owners(self.parameters(), lambda p: self.replicas if is_expert(p) else self.data, stage, over)
 
     def reduce(self) -> None:
         """Gradients of the mean over all tokens, from those of this rank's."""

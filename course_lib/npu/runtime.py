@@ -221,6 +221,16 @@ def device(index: int | None) -> Device:
     return devices[i]
 
 
+def destination(index: int | None) -> int:
+    """Where ``.to("npu")`` leads. PyTorch's C++ asks the device's guard for a missing index, and one in Python answers 0.
+
+    A rank has one device, the current one; the others in its process are those of the other ranks. So there 0 is a
+    missing index.
+    """
+    missing = index == 0 and current != 0 and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+    return device(None if missing else index).index
+
+
 host = Host()
 backing = torch.device("cpu")  # where the numbers lie; "meta" when there are none
 settings = environment.Settings()

@@ -54,9 +54,9 @@ def _to_copy(info: Info, args: tuple, kwargs: dict) -> Any:
     source, wait = args[0], not kwargs.get("non_blocking")
     origin = source._held.index if isinstance(source, NpuTensor) else None
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else source.device
-    target = runtime.device(device.index).index if device.type == "npu" else None
+    target = runtime.destination(device.index) if device.type == "npu" else None
     if origin == target:
-        return run(info, args, kwargs)
+        return run(info, args, {**kwargs, "device": torch.device("npu", target)} if "device" in kwargs else kwargs)
     host = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking", "pin_memory")}
     if origin is None:
         out = wrap(aten._to_copy.default(source, **host, device=runtime.backing), target)

@@ -333,3 +333,14 @@ def test_mismatches_are_named(case: str, words: str) -> None:
 def test_host_tensors_are_refused() -> None:
     with pytest.raises(RankError, match="npu"):
         launch(mismatch, "host", ranks=2, timeout=30)
+
+
+def places() -> list[str]:
+    x = torch.ones(3)
+    there = [x.to("npu"), x.npu(), torch.tensor([1.0], device="npu"), torch.zeros(3, device="npu"), torch.nn.Linear(2, 2).to("npu").weight]
+    return [str(t.device) for t in [*there, there[1].to("npu"), there[1].to(torch.float16)]]
+
+
+def test_npu_without_an_index_is_the_ranks_own_device() -> None:
+    for rank, devices in enumerate(launch(places, ranks=3)):
+        assert devices == [f"npu:{rank}"] * 7
